@@ -1,0 +1,55 @@
+# Two commands need nothing but Python 3.10 to 3.13:  make demo  and  make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= runs/ioi
+
+.PHONY: demo test lint check lab bench constraints clean
+
+# A stamp a dependency set, so that a second run installs nothing.
+$(VENV)/.pip:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --upgrade "pip>=25.1"
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.pip pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install -q -c constraints.txt --group dev
+	@touch $@
+
+$(VENV)/.lab: $(VENV)/.runtime
+	$(PIP) install -q -c constraints.txt -e ".[lab]"
+	@touch $@
+
+demo: $(VENV)/.runtime  ## which heads of SmolLM2-135M do indirect object identification?
+	$(BIN)/mechkit discover ioi --model smollm2-135m --n 64 --out $(OUT)
+
+test: $(VENV)/.dev  ## every test, the real model's among them
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: lint test
+
+lab: $(VENV)/.lab  ## JupyterLab on the tutorials
+	$(BIN)/jupyter lab tutorials
+
+bench: $(VENV)/.runtime  ## ratios against the literal code and TransformerLens
+	$(BIN)/python -m benchmarks
+
+constraints:  ## resolve constraints.txt anew (needs uv); then run the tests
+	echo 'torch==2.13.0' > .torch-pin
+	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.10 \
+	  --no-header --no-annotate -c .torch-pin -o .constraints-new
+	( head -n 2 constraints.txt; grep -vE '^(nvidia-|triton|cuda-|torch==)' .constraints-new; echo 'torch==2.13.0' ) > constraints.txt
+	rm .torch-pin .constraints-new
+
+clean:
+	rm -rf $(VENV) runs build dist

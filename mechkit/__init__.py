@@ -1,0 +1,89 @@
+"""mechkit: find, test and show circuits in transformer language models.
+
+    import mechkit as mk
+
+    model = mk.load("smollm2-135m")
+    task = mk.tasks.ioi(model, n=64)
+    found, held_out = task.split(0.5)
+    circuit = mk.discover(model, found, method="patch", size=13)
+    circuit.evaluate(model, held_out)
+
+The public names below are imported when first used, so that ``import mechkit`` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import metrics, tasks
+    from .circuits.circuit import Circuit
+    from .circuits.discover import discover
+    from .circuits.evaluate import Evaluation
+    from .edits import ablate, patch_in, scale, steer
+    from .errors import MechkitError, MechkitWarning
+    from .model import Model
+    from .patching.activation import patch
+    from .results import Scores
+    from .sites import HeadSet, Site, heads, site
+    from .sources import load
+    from .tasks.task import Task
+
+_HOMES = {
+    "Circuit": "circuits.circuit",
+    "discover": "circuits.discover",
+    "Evaluation": "circuits.evaluate",
+    "ablate": "edits",
+    "patch_in": "edits",
+    "scale": "edits",
+    "steer": "edits",
+    "MechkitError": "errors",
+    "MechkitWarning": "errors",
+    "Model": "model",
+    "patch": "patching.activation",
+    "Scores": "results",
+    "HeadSet": "sites",
+    "Site": "sites",
+    "heads": "sites",
+    "site": "sites",
+    "load": "sources",
+    "Task": "tasks.task",
+}
+_MODULES = ("errors", "metrics", "sites", "tasks")
+
+__all__ = [
+    "Circuit",
+    "Evaluation",
+    "HeadSet",
+    "MechkitError",
+    "MechkitWarning",
+    "Model",
+    "Scores",
+    "Site",
+    "Task",
+    "__version__",
+    "ablate",
+    "discover",
+    "heads",
+    "load",
+    "metrics",
+    "patch",
+    "patch_in",
+    "scale",
+    "site",
+    "steer",
+    "tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'mechkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

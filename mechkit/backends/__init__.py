@@ -1,0 +1,1 @@
+"""Where a model runs. Every backend keeps the contract of ``protocol``."""

@@ -1,0 +1,154 @@
+"""What a backend does; the analyses know nothing else of it.
+
+``forward`` is the whole contract: tokens in, logits and recorded activations out, edits in between. ``start``
+is its economy: one base run, kept so that many variants of it can begin late (DESIGN: skip layers, skip
+positions, batch variants, read little). Layouts, whatever the model:
+
+    z, q            [batch, pos, n_heads, d_head]          mlp, resid, embed    [batch, pos, d_model]
+    k, v            [batch, pos, n_kv_heads, d_head]       pattern, scores      [batch, n_heads, query, key]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import SiteError
+from ..sites import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..edits import Edit
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model's name and dimensions."""
+
+    name: str
+    family: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_vocab: int
+    n_ctx: int
+    dtype: str
+    device: str
+
+    @property
+    def grouped(self) -> bool:
+        """True when several query heads share one key and value head."""
+        return self.n_kv_heads != self.n_heads
+
+    def check(self, site: Site) -> Site:
+        """The same site, if this model has it.
+
+        Raises:
+            SiteError: layer, head or group out of range; the message gives the range.
+        """
+        shape = f"{self.name} has {self.n_layers} layers of {self.n_heads} heads"
+        layers = self.n_layers + 1 if site.kind == "resid" else self.n_layers
+        if site.layer >= layers:
+            raise SiteError(f'"{site}" is in layer {site.layer}, but {shape}', expected=f"0 to {layers - 1}")
+        if site.head is not None:
+            count = self.n_kv_heads if site.grouped else self.n_heads
+            if site.grouped:
+                shape += f" and {self.n_kv_heads} key/value groups"
+            if site.head >= count:
+                raise SiteError(f'"{site}" has index {site.head}, but {shape}', expected=f"0 to {count - 1}")
+        return site
+
+    def group_of(self, head: int) -> int:
+        """Key/value group of a query head."""
+        return head * self.n_kv_heads // self.n_heads
+
+    def slot(self, site: Site) -> int:
+        """Index of a site's head along the head axis of its tensor; see the module's layouts."""
+        assert site.head is not None
+        return self.group_of(site.head) if site.kind in ("k", "v") and not site.grouped else site.head
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Which logits to compute.
+
+    Attributes:
+        positions: one position a prompt ``[batch]``.
+        columns: token ids ``[batch, k]``; None for the whole vocabulary.
+    """
+
+    positions: Tensor
+    columns: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """What a run gave.
+
+    Attributes:
+        logits: ``[batch, pos, vocab]``; with a ``Read``, ``[batch, k]`` or ``[batch, vocab]``.
+        recorded: whole tensors by (kind, layer), in the layouts of the module.
+    """
+
+    logits: Tensor
+    recorded: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """Variants that replace the same kind of site of the same layer, one row each, for ``Replay.resume``.
+
+    Attributes:
+        kind: ``z``, ``mlp`` or ``resid``.
+        layer: block in which the replacement is made.
+        rows: base prompt of each variant ``[rows]``.
+        values: new values ``[rows, pos, width]``, for the replayed positions only.
+        where: which positions to replace ``[rows, pos]``, boolean.
+        heads: head of each variant ``[rows]`` for ``z``, else None.
+    """
+
+    kind: str
+    layer: int
+    rows: Tensor
+    values: Tensor
+    where: Tensor
+    heads: Tensor | None = None
+
+
+class Replay(Protocol):
+    """A base run from which variants begin late."""
+
+    first: int
+    """First replayed position; earlier ones are the base run's in every variant."""
+
+    def recorded(self, kind: str, layer: int) -> Tensor:
+        """The base run's own values at the replayed positions, in the layouts of the module."""
+        ...
+
+    def resume(self, writes: Sequence[Write], read: Read) -> Tensor:
+        """Logits ``[rows, k]`` of every variant of every write, in the order given: layers must not fall."""
+        ...
+
+
+class Backend(Protocol):
+    """Runs a model."""
+
+    info: ModelInfo
+
+    def forward(
+        self,
+        tokens: Tensor,
+        edits: Sequence[Edit] = (),
+        record: Sequence[Site] = (),
+        read: Read | None = None,
+    ) -> Forward:
+        """One run over ``tokens [batch, pos]``, padded at the right if at all."""
+        ...
+
+    def start(self, tokens: Tensor, first: int, record: Sequence[tuple[str, int]] = ()) -> Replay:
+        """A base run whose variants all agree with it before position ``first``."""
+        ...

@@ -1,0 +1,155 @@
+"""A base run kept so that variants of it begin late: skip layers, skip positions, batch variants, read little.
+
+1. The positions before ``first`` run once and leave their keys and values in the Hub's own cache.
+2. The positions from ``first`` run once on top of that cache, the model building its own masks and rotations. What
+   each block was given is noted; the residual entering each block is kept.
+3. A variant that changes something in block ``l`` is the noted residual of ``l``, changed, through blocks
+   ``l, l+1, ...``, each called with what it was given in the base run, rows repeated as needed. No
+   architecture is known here.
+4. Variants of all layers make one sweep through the blocks: those of block ``l`` join the batch there, so each
+   block is called once, on everything that began before it.
+5. Each block sees the prefix's keys and values through a cache that hands out rows and keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .protocol import Read, Write
+
+if TYPE_CHECKING:
+    from .lens import LensBackend
+
+
+class _PrefixCache:
+    """What an attention module takes for its key/value cache: the prefix, rows picked, nothing kept."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor):
+        self._layers, self._rows = layers, rows
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Prefix and new keys and values, ``[rows, heads, pos, d_head]``."""
+        before_k, before_v = self._layers[layer_idx]
+        return (
+            torch.cat([before_k[self._rows], keys], -2),
+            torch.cat([before_v[self._rows], values], -2),
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of prefix positions."""
+        return self._layers[layer_idx][0].shape[-2]
+
+
+class LensReplay:
+    """See ``protocol.Replay``."""
+
+    def __init__(self, backend: LensBackend, tokens: Tensor, first: int, record: Sequence[tuple[str, int]]):
+        self.backend, self.first, self.batch = backend, first, len(tokens)
+        self._calls: list[tuple[tuple, dict[str, Any]]] = []
+        self._residuals: list[Tensor] = []
+        self._store: dict[tuple[str, int], Tensor] = {}
+        self._prefix: list[tuple[Tensor, Tensor]] | None = None
+        with torch.inference_mode():
+            options: dict[str, Any] = {"use_cache": False}
+            if first > 0:
+                cache = backend.body(tokens[:, :first], use_cache=True).past_key_values
+                self._prefix = [(layer.keys, layer.values) for layer in cache.layers]
+                options = {"use_cache": True, "past_key_values": cache}
+            last = ("resid", backend.info.n_layers)
+            with backend.hooks(backend.record_into(self._store, [*record, last])), self._noting():
+                backend.body(tokens[:, first:], **options)
+            self._residuals.append(self._store[last])
+
+    def recorded(self, kind: str, layer: int) -> Tensor:
+        """The base run's values at the replayed positions."""
+        return self._store[kind, layer]
+
+    def resume(self, writes: Sequence[Write], read: Read) -> Tensor:
+        """Logits ``[rows, k]`` of every variant of every write, in the order given; see ``protocol.Replay``."""
+        backend = self.backend
+        with torch.inference_mode():
+            resid = self._resid(0)[:0]
+            rows = torch.empty(0, dtype=torch.long, device=resid.device)
+            waiting = list(writes)
+            for layer in range(writes[0].layer, backend.info.n_layers):
+                changes: dict[tuple[str, int], list[tuple[slice, Write]]] = defaultdict(list)
+                while waiting and waiting[0].layer == layer:
+                    write = waiting.pop(0)
+                    joining = write.rows.to(rows.device)
+                    entering = self._resid(layer)[joining]
+                    if write.kind == "resid":
+                        entering = _written(entering, write)
+                    else:
+                        place = slice(len(rows), len(rows) + len(joining))
+                        changes[write.kind, layer].append((place, write))
+                    resid, rows = torch.cat([resid, entering]), torch.cat([rows, joining])
+                with backend.hooks({key: _change(parts) for key, parts in changes.items()}):
+                    resid = self._block(layer, resid, rows)
+            for write in waiting:  # the stream that leaves the last block
+                entering = _written(self._resid(write.layer)[write.rows.to(rows.device)], write)
+                resid, rows = torch.cat([resid, entering]), torch.cat([rows, write.rows.to(rows.device)])
+            at = read.positions.to(resid.device) - self.first
+            ends = resid[torch.arange(len(rows), device=resid.device), at]
+            return backend.readout(backend.bridge.ln_final(ends[:, None])[:, 0], read.columns)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """While the base run is on, note what each block is given."""
+        with ExitStack() as stack:
+            for block in self.backend.bridge.blocks:
+                stack.callback(block.register_forward_pre_hook(self._note, with_kwargs=True).remove)
+            yield
+
+    def _note(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        del module
+        resid = args[0] if args else kwargs["hidden_states"]
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        self._residuals.append(resid.clone())
+        self._calls.append((args[1:], rest))
+
+    def _resid(self, layer: int) -> Tensor:
+        """The stream entering a block of the base run ``[batch, pos, d_model]``."""
+        return self._residuals[layer]
+
+    def _block(self, layer: int, resid: Tensor, rows: Tensor) -> Tensor:
+        args, kwargs = self._calls[layer]
+        given = {key: self._rows(value, rows) for key, value in kwargs.items()}
+        out = self.backend.bridge.blocks[layer](resid, *(self._rows(value, rows) for value in args), **given)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _rows(self, value: Any, rows: Tensor) -> Any:
+        """What a block was given, for these rows: batch-sized tensors picked, the cache replaced."""
+        if isinstance(value, Tensor):
+            return value[rows] if self.batch > 1 and value.ndim and value.shape[0] == self.batch else value
+        if isinstance(value, tuple | list):
+            return type(value)(self._rows(one, rows) for one in value)
+        if hasattr(value, "update") and hasattr(value, "get_seq_length"):
+            return None if self._prefix is None else _PrefixCache(self._prefix, rows)
+        return value
+
+
+def _change(parts: list[tuple[slice, Write]]) -> Callable[[Tensor], Tensor]:
+    def function(tensor: Tensor) -> Tensor:
+        new = tensor.clone()
+        for place, write in parts:
+            new[place] = _written(new[place], write)
+        return new
+
+    return function
+
+
+def _written(old: Tensor, write: Write) -> Tensor:
+    where, values = write.where[..., None], write.values.to(old)
+    if write.heads is None:
+        return torch.where(where, values, old)
+    rows = torch.arange(len(old), device=old.device)
+    old[rows, :, write.heads] = torch.where(where, values, old[rows, :, write.heads])
+    return old

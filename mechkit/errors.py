@@ -1,0 +1,70 @@
+"""Every error mechkit raises on purpose.
+
+A message has three parts, always in this order: what was given, what was expected, what to do. Each kind
+also is the standard library's nearest kind, so that ``except ValueError`` goes on working.
+"""
+
+from __future__ import annotations
+
+
+class MechkitWarning(UserWarning):
+    """Something looks like a slip but may be meant."""
+
+
+class MechkitError(Exception):
+    """Base of every error mechkit raises on purpose.
+
+    Args:
+        given: what was given, as a sentence without its full stop.
+        expected: what was expected instead.
+        fix: what to do about it.
+    """
+
+    def __init__(self, given: str, *, expected: str = "", fix: str = ""):
+        self.given, self.expected, self.fix = given, expected, fix
+        parts = [given, f"Expected {expected}" if expected else "", fix]
+        super().__init__(" ".join(part.rstrip(".") + "." for part in parts if part))
+
+
+class SiteError(MechkitError, ValueError):
+    """An address that cannot be read, or that this model does not have."""
+
+
+class TaskError(MechkitError, ValueError):
+    """Prompts or answers that do not make a task."""
+
+
+class PromptError(MechkitError, ValueError):
+    """A prompt that the model cannot run: empty, too long, or not text and not token ids."""
+
+
+class MetricError(MechkitError, ValueError):
+    """A metric that is unknown, or that gave something other than one finite number a prompt."""
+
+
+class EditError(MechkitError, ValueError):
+    """An edit that cannot be made, or that touched nothing."""
+
+
+class OptionError(MechkitError, ValueError):
+    """An argument outside its range."""
+
+
+class UnsupportedError(MechkitError, NotImplementedError):
+    """Something this model or backend cannot do."""
+
+
+class LoadError(MechkitError, OSError):
+    """A model that could not be loaded."""
+
+
+class DownloadError(LoadError):
+    """The default model's wheel could not be fetched."""
+
+
+class IntegrityError(LoadError):
+    """A downloaded file is not the one expected."""
+
+
+class StorageError(MechkitError, OSError):
+    """A file or folder that could not be written or read."""

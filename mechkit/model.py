@@ -1,0 +1,275 @@
+"""Model: what a user holds. Dimensions, tokens, and runs with recordings and edits; a backend does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .backends.protocol import Backend, ModelInfo, Read
+from .edits import Ablate, Edit
+from .errors import PromptError, SiteError, UnsupportedError
+from .sites import HeadSet, Site, SitesLike, site, sites
+from .tasks.task import Task
+from .tasks.text import pad_right
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one run gave.
+
+    Attributes:
+        logits: ``[batch, pos, vocab]``.
+        tokens: the ids that ran ``[batch, pos]``, padded at the right.
+        lengths: tokens of each prompt ``[batch]``, padding not counted.
+    """
+
+    model: Model
+    logits: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    _recorded: Mapping[tuple[str, int], Tensor]
+
+    def __getitem__(self, address: str | Site) -> Tensor:
+        """A recorded activation; shapes are in the table of ``mechkit.sites``.
+
+        Raises:
+            SiteError: it was not recorded.
+        """
+        wanted = site(address)
+        key = (wanted.kind, wanted.layer)
+        if wanted.kind == "logits":
+            return self.logits
+        if key not in self._recorded:
+            raise SiteError(f'"{wanted}" was not recorded', fix=f'Run again with record=["{wanted}"]')
+        tensor = self._recorded[key]
+        if wanted.head is None:
+            return tensor
+        slot = self.model.info.slot(wanted)
+        return tensor[:, slot] if wanted.kind in ("pattern", "scores") else tensor[:, :, slot]
+
+    def next_tokens(self, k: int = 10, prompt: int = 0) -> pd.DataFrame:
+        """The likeliest next tokens after one prompt: columns ``token``, ``logit``, ``prob``, ``rank`` from 1."""
+        import pandas as pd
+
+        logits = self.logits[prompt, int(self.lengths[prompt]) - 1].float()
+        top = logits.topk(min(k, len(logits)))
+        return pd.DataFrame(
+            {
+                "token": [self.model.to_text(i) for i in top.indices.tolist()],
+                "logit": top.values.tolist(),
+                "prob": logits.softmax(-1)[top.indices].tolist(),
+                "rank": range(1, len(top.values) + 1),
+            }
+        )
+
+
+class Model:
+    """A language model; make one with ``mk.load``.
+
+    Args:
+        backend: what runs it.
+        tokenizer: the Hub's tokenizer, or None where only token ids are used.
+        source: where the weights came from, for provenance.
+    """
+
+    def __init__(self, backend: Backend, tokenizer: Any = None, source: Mapping[str, Any] | None = None):
+        self.backend, self.tokenizer, self.source = backend, tokenizer, dict(source or {})
+
+    @property
+    def info(self) -> ModelInfo:
+        """Name and dimensions."""
+        return self.backend.info
+
+    @property
+    def name(self) -> str:
+        """What the model is called in tables and messages."""
+        return self.info.name
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.info.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads a layer."""
+        return self.info.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads a layer; fewer than ``n_heads`` on a grouped-query model."""
+        return self.info.n_kv_heads
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.info.d_model
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.info.d_head
+
+    @property
+    def bridge(self) -> Any:
+        """The TransformerLens bridge underneath."""
+        return self._underneath("bridge")
+
+    @property
+    def hf(self) -> Any:
+        """The Hub's module underneath, with TransformerLens' hook points in it."""
+        return self._underneath("hf")
+
+    @cached_property
+    def nnsight(self) -> Any:
+        """The same module as an nnsight ``LanguageModel`` (or ``NNsight``, where there is no tokenizer)."""
+        import nnsight
+
+        if self.tokenizer is None:
+            return nnsight.NNsight(self.hf)
+        return nnsight.LanguageModel(self.hf, tokenizer=self.tokenizer)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """A fingerprint of the weights, for provenance: the same weights give the same 16 hex digits."""
+        import hashlib
+
+        digest = hashlib.sha256()
+        with torch.inference_mode():
+            for name, parameter in sorted(self.hf.named_parameters()):
+                sums = (parameter.double().sum(), parameter.double().square().sum())
+                digest.update(f"{name} {list(parameter.shape)} {sums[0]:.12e} {sums[1]:.12e}".encode())
+        return digest.hexdigest()[:16]
+
+    def heads(self, addresses: SitesLike | None = None) -> HeadSet:
+        """Every head, or the named ones, as a set that knows how many heads a layer has.
+
+        Raises:
+            SiteError: a head this model does not have.
+        """
+        if addresses is None:
+            every = [Site(layer, head) for layer in range(self.n_layers) for head in range(self.n_heads)]
+            return HeadSet(every, self.n_heads)
+        return HeadSet([self.info.check(one) for one in sites(addresses)], self.n_heads)
+
+    # -- tokens -----------------------------------------------------------------------------------------------
+
+    @property
+    def pad_token(self) -> int:
+        """The id that fills rows at the right."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return pad if pad is not None else (getattr(self.tokenizer, "eos_token_id", None) or 0)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, with nothing put before it."""
+        return self._need_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+    def to_text(self, ids: int | Sequence[int] | Tensor) -> str:
+        """The text of one id or several."""
+        return self._need_tokenizer().decode(ids, clean_up_tokenization_spaces=False)
+
+    def tokens(self, prompts: str | Sequence[str] | Tensor | Task) -> Tensor:
+        """Token ids ``[batch, pos]``, padded at the right.
+
+        The tokenizer's beginning-of-sequence token is put first where the tokenizer has one.
+
+        Raises:
+            PromptError: an empty prompt, one longer than the model's context, or neither text nor ids.
+        """
+        return self._batch(prompts)[0]
+
+    def _batch(self, prompts: str | Sequence[str] | Tensor | Task) -> tuple[Tensor, Tensor]:
+        if isinstance(prompts, Task):
+            ids, lengths = prompts.clean, prompts.lengths
+        elif isinstance(prompts, Tensor):
+            ids = prompts if prompts.ndim == 2 else prompts[None]
+            if prompts.ndim not in (1, 2) or prompts.is_floating_point() or not prompts.numel():
+                raise PromptError(
+                    f"{prompts.dtype} of shape {list(prompts.shape)}", expected="ids [batch, pos]"
+                )
+            if int(ids.min()) < 0 or int(ids.max()) >= self.info.d_vocab:
+                raise PromptError(
+                    f"Token ids from {int(ids.min())} to {int(ids.max())}",
+                    expected=f"0 to {self.info.d_vocab - 1}",
+                )
+            lengths = torch.full((len(ids),), ids.shape[1])
+        else:
+            texts = [prompts] if isinstance(prompts, str) else prompts
+            if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
+                raise PromptError(f"{prompts!r} is no prompt", expected="text, a list of texts, or token ids")
+            if "" in texts:
+                raise PromptError("An empty prompt", expected="text of at least one token")
+            bos = getattr(self._need_tokenizer(), "bos_token_id", None)
+            rows = [self.encode(text) for text in texts]
+            rows = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
+            ids, lengths = pad_right(rows, self.pad_token)
+        if ids.shape[1] > self.info.n_ctx:
+            raise PromptError(
+                f"A prompt of {ids.shape[1]} tokens",
+                expected=f"at most {self.info.n_ctx}, the context of {self.name}",
+            )
+        return ids, lengths
+
+    # -- runs -------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        prompts: str | Sequence[str] | Tensor | Task,
+        record: SitesLike = (),
+        edits: Sequence[Edit] = (),
+    ) -> Run:
+        """Run the model once.
+
+        Args:
+            prompts: text, texts, ids ``[batch, pos]``, or a task (its clean prompts).
+            record: addresses to keep; read them as ``run["9.9.pattern"]``.
+            edits: changes to make, in this order.
+
+        Raises:
+            PromptError, SiteError, EditError: see each kind.
+        """
+        tokens, lengths = self._batch(prompts)
+        task = prompts if isinstance(prompts, Task) else None
+        done = self.backend.forward(tokens, self.resolved(edits, task), sites(record))
+        return Run(self, done.logits, tokens, lengths, done.recorded)
+
+    def read(
+        self, tokens: Tensor, positions: Tensor, columns: Tensor | None, edits: Sequence[Edit] = ()
+    ) -> Tensor:
+        """Only the logits at one position a prompt: ``[batch, k]`` for ``columns [batch, k]``, else all."""
+        return self.backend.forward(tokens, edits, read=Read(positions, columns)).logits
+
+    def resolved(self, edits: Sequence[Edit], task: Task | None) -> list[Edit]:
+        """The same edits, with means and resampled values taken from their references."""
+        from .references import with_values
+
+        return [with_values(self, edit, task) if isinstance(edit, Ablate) else edit for edit in edits]
+
+    def __repr__(self) -> str:
+        i = self.info
+        shared = f" ({i.n_kv_heads} key/value groups)" if i.grouped else ""
+        return (
+            f'Model("{i.name}", {i.n_layers} layers of {i.n_heads} heads{shared}, d_model {i.d_model}, '
+            f"{i.dtype} on {i.device})"
+        )
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise PromptError(
+                f"{self.name} was loaded without a tokenizer",
+                fix="Pass token ids, or load it as mk.load((hf_model, tokenizer))",
+            )
+        return self.tokenizer
+
+    def _underneath(self, what: str) -> Any:
+        if not hasattr(self.backend, what):
+            raise UnsupportedError(f"{type(self.backend).__name__} has no {what} underneath")
+        return getattr(self.backend, what)

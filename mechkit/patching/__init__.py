@@ -1,0 +1,1 @@
+"""Patching: the sweep engine and the analyses made of it."""

@@ -1,0 +1,134 @@
+"""Activations of a reference task's corrupt prompts, for mean and resample ablation.
+
+1. Run the corrupt prompts once and record every site the edit names.
+2. ``mean``: average the prompts of each template, position by position. When the run is of a task, each of its
+   prompts gets the means of its own template; a free prompt gets the mean over all prompts and positions.
+3. ``resample``: row i of the run gets the values of row i of the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .backends.protocol import Read
+from .edits import Ablate, Edit, PatchIn
+from .errors import EditError
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .tasks.task import Task
+
+
+@dataclass(frozen=True, eq=False)
+class TemplateMeans:
+    """Means over a task's corrupt prompts.
+
+    Attributes:
+        values: ``[templates, pos, ...]`` by (kind, layer), in the layouts of ``backends.protocol``.
+        templates: the template numbers, in the order of the first axis.
+    """
+
+    values: dict[tuple[str, int], Tensor]
+    templates: Tensor
+
+    def rows(self, key: tuple[str, int], task: Task) -> Tensor:
+        """The means for each prompt of ``task``: ``[n, pos, ...]``.
+
+        Raises:
+            EditError: a prompt's template is not in the reference, or its length differs.
+        """
+        means = self.values[key]
+        match = task.templates[:, None] == self.templates[None]
+        if not bool(match.any(1).all()):
+            missing = int((~match.any(1)).nonzero()[0])
+            raise EditError(
+                f'Prompt {missing} of "{task.name}" has a template that the reference has no prompts of',
+                fix="Take a reference with the same templates, such as the task itself",
+            )
+        if means.shape[1] < task.clean.shape[1]:
+            raise EditError(
+                f"Prompts of {task.clean.shape[1]} tokens and a reference of {means.shape[1]}",
+                expected="a reference at least as long",
+            )
+        return means[match.int().argmax(1).to(means.device), : task.clean.shape[1]]
+
+
+def corrupt_activations(model: Model, task: Task, sites: list[Site]) -> dict[tuple[str, int], Tensor]:
+    """Whole tensors ``[n, pos, ...]`` of the corrupt prompts, by (kind, layer)."""
+    return dict(model.backend.forward(task.corrupt, record=sites, read=_nothing(task)).recorded)
+
+
+def template_means(model: Model, task: Task, sites: list[Site]) -> TemplateMeans:
+    """Means over the corrupt prompts of each template, at each position."""
+    activations = corrupt_activations(model, task, sites)
+    numbers, index = task.templates.unique(return_inverse=True)
+    counts = index.bincount()
+    means = {}
+    for key, values in activations.items():
+        total = values.new_zeros(len(numbers), *values.shape[1:]).index_add_(
+            0, index.to(values.device), values
+        )
+        means[key] = total / counts.to(values).view(-1, *[1] * (values.ndim - 1))
+    return TemplateMeans(means, numbers)
+
+
+def with_values(model: Model, edit: Ablate, task: Task | None) -> Edit:
+    """The edit with its values: a ``PatchIn`` in place of a mean or resample ablation.
+
+    Raises:
+        EditError: means of patterns asked for a free prompt, or a resample of another number of rows.
+    """
+    if edit.mode == "zero" or edit.reference is None:
+        return edit
+    sites = list(edit.sites)
+    for one in sites:
+        model.info.check(one)
+    if edit.mode == "resample":
+        source = corrupt_activations(model, edit.reference, sites)
+        if task is not None and len(task) != len(edit.reference):
+            raise EditError(
+                f"Resampling {len(task)} prompts from {len(edit.reference)}",
+                expected="as many reference prompts",
+            )
+    else:
+        means = template_means(model, edit.reference, sites)
+        if task is None:
+            source = {key: _over_everything(key, means, edit.reference) for key in means.values}
+        else:
+            source = {key: means.rows(key, task) for key in means.values}
+    return PatchIn(edit.sites, edit.positions, {one: _of(source, one, edit, model) for one in sites})
+
+
+def _of(source: dict[tuple[str, int], Tensor], site: Site, edit: Ablate, model: Model) -> Tensor:
+    tensor = source[site.kind, site.layer]
+    if site.head is not None:
+        slot = model.info.slot(site)
+        tensor = tensor[:, slot] if site.kind in ("pattern", "scores") else tensor[..., slot, :]
+    if edit.positions is None or tensor.ndim < 3:
+        return tensor
+    return tensor[:, torch.tensor(edit.positions, device=tensor.device)]
+
+
+def _over_everything(key: tuple[str, int], means: TemplateMeans, reference: Task) -> Tensor:
+    """One mean over all prompts and their positions: ``[heads, d_head]`` or ``[d_model]``."""
+    if key[0] in ("pattern", "scores"):
+        raise EditError(
+            f"The mean {key[0]} of layer {key[1]} over prompts of other lengths",
+            fix="Run the task's own prompts",
+        )
+    values = means.values[key]
+    counts = torch.stack([(reference.templates == number).sum() for number in means.templates])
+    last = torch.stack([reference.lengths[reference.templates == number].max() for number in means.templates])
+    real = torch.arange(values.shape[1])[None] < last[:, None]
+    weight = (counts[:, None] * real).to(values)
+    return (values * weight.view(*weight.shape, *[1] * (values.ndim - 2))).sum((0, 1)) / weight.sum()
+
+
+def _nothing(task: Task) -> Read:
+    """The least a run can give: one column."""
+    return Read(task.answer_positions, task.answers[:, :1])

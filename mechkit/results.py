@@ -1,0 +1,181 @@
+"""Scores: a tidy table over sites, with its unit, uncertainty and provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from .errors import OptionError, StorageError
+from .sites import HeadSet, Site, site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CSV_HEADER = "# mechkit scores: "
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One score a site; what every analysis returns.
+
+    Attributes:
+        frame: a row a site: ``site``, ``layer``, ``head``, ``kind``, ``position`` where there is one, ``score``,
+            ``metric`` (mean raw metric under the intervention), ``se`` (standard error of ``score``), ``n``.
+        unit: of ``score``.
+        meta: model, revision, weights hash, task, seed, method, options, versions, seconds.
+    """
+
+    frame: pd.DataFrame
+    unit: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def top(self, k: int = 10, by: Literal["size", "positive", "negative"] = "size") -> pd.DataFrame:
+        """The k rows with the largest, most positive or most negative scores.
+
+        Raises:
+            OptionError: ``by`` is none of the three.
+        """
+        keys = {"size": self.frame.score.abs(), "positive": self.frame.score, "negative": -self.frame.score}
+        if by not in keys:
+            raise OptionError(f"by = {by!r}", expected="one of " + ", ".join(keys))
+        order = keys[by].sort_values(ascending=False, kind="stable").index[:k]
+        return self.frame.loc[order].reset_index(drop=True)
+
+    def heads(self, k: int = 10) -> HeadSet:
+        """The k heads with the largest scores in size, as a set."""
+        rows = self.frame[self.frame.kind == "z"].copy()
+        order = rows.score.abs().sort_values(ascending=False, kind="stable").index
+        return HeadSet(list(dict.fromkeys(rows.loc[order].site))[:k], self.meta.get("n_heads"))
+
+    def ranked(self) -> list[Site]:
+        """Every site, the largest score in size first."""
+        order = self.frame.score.abs().sort_values(ascending=False, kind="stable").index
+        return [site(text) for text in dict.fromkeys(self.frame.loc[order].site)]
+
+    def grid(self) -> np.ndarray:
+        """Head scores as ``[layers, heads]``; heads that were not scored are NaN.
+
+        Raises:
+            OptionError: several scores a head (one a position).
+        """
+        rows = self.frame[self.frame.kind == "z"]
+        if rows.site.duplicated().any():
+            raise OptionError("Scores with several positions a head", fix="Take one position of .frame first")
+        shape = (
+            self.meta.get("n_layers", rows.layer.max() + 1),
+            self.meta.get("n_heads", rows["head"].max() + 1),
+        )
+        grid = np.full(shape, np.nan)
+        grid[rows.layer.to_numpy(int), rows["head"].to_numpy(int)] = rows.score
+        return grid
+
+    def plot(self) -> Figure:
+        """A map of the head scores, layers down and heads across, as a matplotlib figure."""
+        from .view.figures import head_map
+
+        return head_map(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table with its provenance, as ``.parquet`` or ``.csv``; whole or not at all.
+
+        Raises:
+            OptionError: another suffix.
+            StorageError: the place cannot be written.
+        """
+        path = Path(path)
+        extra = {"unit": self.unit, "meta": dict(self.meta)}
+        if path.suffix not in (".parquet", ".csv"):
+            raise OptionError(f"Suffix {path.suffix!r}", expected=".parquet or .csv")
+
+        def write(target: Path) -> None:
+            if path.suffix == ".parquet":
+                table = self.frame.copy()
+                table.attrs = {"mechkit": json.dumps(extra)}
+                table.to_parquet(target, index=False)
+            else:
+                target.write_text(_CSV_HEADER + json.dumps(extra) + "\n" + self.frame.to_csv(index=False))
+
+        return write_whole(path, write)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what ``save`` wrote.
+
+        Raises:
+            StorageError: no such file, or one that holds no scores.
+        """
+        path = Path(path)
+        try:
+            if path.suffix == ".parquet":
+                frame = pd.read_parquet(path)
+                text = frame.attrs.pop("mechkit")
+            else:
+                with path.open() as file:
+                    text = file.readline().removeprefix(_CSV_HEADER)
+                    frame = pd.read_csv(file)
+            extra = json.loads(text)
+            return cls(frame, extra["unit"], extra["meta"])
+        except (OSError, KeyError, ValueError) as error:
+            raise StorageError(
+                f"{path} could not be read as scores: {error}", expected="a file that Scores.save wrote"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __repr__(self) -> str:
+        head = f"Scores of {len(self)} sites, in {self.unit} ({self.meta.get('method', '')})"
+        return head + "\n" + self.top(10).to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        caption = f"The ten largest of {len(self)} scores, in {self.unit}"
+        styled = self.top(10).style.hide(axis="index").format(precision=3, na_rep="")
+        return styled.set_caption(caption).to_html()
+
+
+def write_whole(path: Path, write: Any) -> Path:
+    """Call ``write(temporary_path)`` and put the result in place: whole or not at all.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror or error}",
+            fix="Choose another place, or make room there",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+    return path
+
+
+def provenance(model: Any, task: Any, method: str, seconds: float, **options: Any) -> dict[str, Any]:
+    """What a result must carry to be made again."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "transformer-lens", "nnsight")
+    return {
+        "model": model.name,
+        "source": model.source,
+        "weights": model.weights_hash,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "task": {"name": task.name, "n": len(task), "metric": task.metric.name, **task.meta},
+        "method": method,
+        "options": options,
+        "versions": {"mechkit": version("mechkit-interp"), **{name: version(name) for name in packages}},
+        "device": model.info.device,
+        "dtype": model.info.dtype,
+        "seconds": round(seconds, 2),
+    }

