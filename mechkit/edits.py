@@ -106,9 +106,7 @@ def scale(addresses: SitesLike, alpha: float, positions: Sequence[int] | None = 
     return Scale(sites(addresses), _positions(positions), float(alpha))
 
 
-def patch_in(
-    addresses: SitesLike, values: Tensor | Mapping, positions: Sequence[int] | None = None
-) -> PatchIn:
+def patch_in(addresses: SitesLike, values: Tensor | Mapping, positions: Sequence[int] | None = None) -> PatchIn:
     """Set sites to given values.
 
     Args:
@@ -131,9 +129,7 @@ def patch_in(
     return PatchIn(chosen, _positions(positions), keyed)
 
 
-def steer(
-    addresses: SitesLike, vector: Tensor, alpha: float = 1.0, positions: Sequence[int] | None = None
-) -> Steer:
+def steer(addresses: SitesLike, vector: Tensor, alpha: float = 1.0, positions: Sequence[int] | None = None) -> Steer:
     """Add ``alpha * vector`` to sites; ``vector`` is ``[d_head]`` for heads, ``[d_model]`` elsewhere."""
     return Steer(sites(addresses), _positions(positions), vector, float(alpha))
 

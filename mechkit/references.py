@@ -70,9 +70,7 @@ def template_means(model: Model, task: Task, sites: list[Site]) -> TemplateMeans
     counts = index.bincount()
     means = {}
     for key, values in activations.items():
-        total = values.new_zeros(len(numbers), *values.shape[1:]).index_add_(
-            0, index.to(values.device), values
-        )
+        total = values.new_zeros(len(numbers), *values.shape[1:]).index_add_(0, index.to(values.device), values)
         means[key] = total / counts.to(values).view(-1, *[1] * (values.ndim - 1))
     return TemplateMeans(means, numbers)
 

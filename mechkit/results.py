@@ -72,7 +72,7 @@ class Scores:
             self.meta.get("n_heads", rows["head"].max() + 1),
         )
         grid = np.full(shape, np.nan)
-        grid[rows.layer.to_numpy(int), rows["head"].to_numpy(int)] = rows.score
+        grid[np.asarray(rows["layer"], int), np.asarray(rows["head"], int)] = rows["score"]
         return grid
 
     def plot(self) -> Figure:
@@ -134,9 +134,13 @@ class Scores:
         return head + "\n" + self.top(10).to_string(index=False)
 
     def _repr_html_(self) -> str:
-        caption = f"The ten largest of {len(self)} scores, in {self.unit}"
-        styled = self.top(10).style.hide(axis="index").format(precision=3, na_rep="")
-        return styled.set_caption(caption).to_html()
+        return as_html(self.top(10), f"The largest of {len(self)} scores, in {self.unit}")
+
+
+def as_html(table: pd.DataFrame, caption: str, precision: int = 3) -> str:
+    """A table for notebooks, with numbers rounded for reading."""
+    styled: Any = table.style.set_caption(caption)  # the Styler's stubs lose its type half-way
+    return styled.hide(axis="index").format(precision=precision, na_rep="").to_html()
 
 
 def write_whole(path: Path, write: Any) -> Path:
@@ -171,7 +175,7 @@ def provenance(model: Any, task: Any, method: str, seconds: float, **options: An
         "weights": model.weights_hash,
         "n_layers": model.n_layers,
         "n_heads": model.n_heads,
-        "task": {"name": task.name, "n": len(task), "metric": task.metric.name, **task.meta},
+        "task": {"name": task.name, "n": len(task), "metric": task.metric.name, "made": dict(task.meta)},
         "method": method,
         "options": options,
         "versions": {"mechkit": version("mechkit-interp"), **{name: version(name) for name in packages}},

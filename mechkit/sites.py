@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from .errors import OptionError, SiteError
 
@@ -115,15 +115,13 @@ def sites(addresses: SitesLike) -> tuple[Site, ...]:
     """Read several addresses: text with spaces or commas between them, one Site, or an iterable."""
     if isinstance(addresses, str):
         return tuple(site(word) for word in addresses.replace(",", " ").split())
-    if isinstance(addresses, Site) or (isinstance(addresses, tuple) and _is_pair(addresses)):
-        return (site(addresses),)
+    if isinstance(addresses, Site):
+        return (addresses,)
+    if isinstance(addresses, tuple) and len(addresses) == 2 and all(isinstance(i, int) for i in addresses):
+        return (site(cast("tuple[int, int]", addresses)),)
     if not isinstance(addresses, Iterable):
         raise SiteError(f"{addresses!r} holds no addresses", expected=f"text such as {_FORMS}, or a list")
-    return tuple(site(address) for address in addresses)
-
-
-def _is_pair(value: tuple) -> bool:
-    return len(value) == 2 and all(isinstance(i, int) for i in value)
+    return tuple(site(cast("SiteLike", address)) for address in addresses)
 
 
 class HeadSet(Set):
@@ -211,9 +209,7 @@ class HeadSet(Set):
         chosen: list[Site] = []
         for layer, count in self.per_layer().items():
             if count > width:
-                raise OptionError(
-                    f"{count} heads in layer {layer}", expected=f"at most {width} heads a layer"
-                )
+                raise OptionError(f"{count} heads in layer {layer}", expected=f"at most {width} heads a layer")
             chosen += [Site(layer, head) for head in sorted(draw.sample(range(width), count))]
         return HeadSet(chosen, width)
 

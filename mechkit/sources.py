@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-def load(
-    source: Any, *, dtype: str = "float32", device: str | None = None, revision: str | None = None
-) -> Model:
+def load(source: Any, *, dtype: str = "float32", device: str | None = None, revision: str | None = None) -> Model:
     """A model, ready to run, with a TransformerLens bridge around it.
 
     Args:
@@ -148,15 +147,25 @@ def _bridged(model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Mo
     if not any("attn" in part or "attention" in part for part, _ in model.named_modules()):
         raise UnsupportedError(f"{name} ({type(model).__name__}) has no attention", expected="a transformer")
     with quiet_library():
-        from transformer_lens.model_bridge import TransformerBridge
+        from transformer_lens.model_bridge import sources as lens
+        from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
         try:
-            bridge = TransformerBridge.boot_transformers(name, hf_model=model.eval(), tokenizer=tokenizer)
+            model.eval().set_attn_implementation("eager")  # the only one that hands out patterns
+            architecture = determine_architecture_from_hf_config(model.config)
+            bridge = lens.build_bridge_from_module(
+                model, architecture, hf_config=copy.deepcopy(model.config), model_name=name
+            )
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise UnsupportedError(
                 f"TransformerLens cannot serve {name} ({type(model).__name__}): {_first_line(error)}",
                 fix="Its supported families are in TransformerBridge.list_supported_models()",
             ) from error
+        if tokenizer is not None:
+            # Given only now: while building, TransformerLens loads a tokenizer again by its name, from the hub.
+            bridge.tokenizer = tokenizer
+            flags = lens.detect_tokenizer_bos_eos(tokenizer)
+            bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = flags
     return Model(LensBackend(bridge, name), tokenizer, found)
 
 

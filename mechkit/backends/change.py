@@ -73,9 +73,7 @@ def _new(edit: Edit, site: Site, old: Tensor) -> Tensor:
             return _fitted(values[site], old, site)
         case Steer(vector=vector, alpha=alpha):
             return old + alpha * _fitted(vector, old, site)
-    raise EditError(
-        f"{type(edit).__name__} with mode {getattr(edit, 'mode', None)!r} has not been given its values"
-    )
+    raise EditError(f"{type(edit).__name__} with mode {getattr(edit, 'mode', None)!r} has not been given its values")
 
 
 def _fitted(values: Tensor, old: Tensor, site: Site) -> Tensor:

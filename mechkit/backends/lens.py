@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ from ..edits import Edit
 from ..errors import EditError, UnsupportedError
 from ..sites import Site
 from .change import changed
-from .protocol import Forward, ModelInfo, Read
+from .keep_only import keep_only
+from .protocol import Forward, Keep, ModelInfo, Read
 from .replay import LensReplay
 
 _HOOKS = {
@@ -83,12 +84,10 @@ class LensBackend:
 
     def heads_apart(self, kind: str, tensor: Tensor) -> Tensor:
         """``[batch, pos, heads * d_head]`` to ``[batch, pos, heads, d_head]``, where it is not so already."""
-        return (
-            tensor.unflatten(-1, (-1, self.info.d_head)) if kind in _HEADED and tensor.ndim == 3 else tensor
-        )
+        return tensor.unflatten(-1, (-1, self.info.d_head)) if kind in _HEADED and tensor.ndim == 3 else tensor
 
     @contextmanager
-    def hooks(self, functions: dict[tuple[str, int], Callable[[Tensor], Tensor | None]]) -> Iterator[set]:
+    def hooks(self, functions: Mapping[tuple[str, int], Callable[[Tensor], Tensor | None]]) -> Iterator[set]:
         """Hang functions on hook points for the length of a ``with``; gives the set of those that ran."""
         fired: set[tuple[str, int]] = set()
         handles = []
@@ -173,6 +172,11 @@ class LensBackend:
         """A base run to begin variants from; see ``Backend.start``."""
         self._check_readout()
         return LensReplay(self, tokens.to(self.info.device), first, record)
+
+    def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
+        """Runs in which only some heads are left in; see ``Backend.keep_only``."""
+        self._check_readout()
+        return keep_only(self, tokens.to(self.info.device), keep, read)
 
     def body(self, tokens: Tensor, **options: Any) -> Any:
         """Run everything but the unembedding."""

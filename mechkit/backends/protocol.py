@@ -134,6 +134,19 @@ class Replay(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """Sets of heads, each to be left in by itself while every other head is replaced.
+
+    Attributes:
+        kept: which heads stay ``[sets, layers, heads]``, boolean.
+        values: what the others get, a tensor a layer, ``[batch, pos, heads, d_head]`` or what broadcasts to it.
+    """
+
+    kept: Tensor
+    values: Sequence[Tensor]
+
+
 class Backend(Protocol):
     """Runs a model."""
 
@@ -151,4 +164,8 @@ class Backend(Protocol):
 
     def start(self, tokens: Tensor, first: int, record: Sequence[tuple[str, int]] = ()) -> Replay:
         """A base run whose variants all agree with it before position ``first``."""
+        ...
+
+    def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
+        """Logits ``[sets, batch, k]`` of runs in which only the heads of a set are left in."""
         ...

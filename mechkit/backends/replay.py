@@ -14,13 +14,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .change import Change
 from .protocol import Read, Write
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ class _PrefixCache:
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor):
         self._layers, self._rows = layers, rows
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Prefix and new keys and values, ``[rows, heads, pos, d_head]``."""
         before_k, before_v = self._layers[layer_idx]
         return (
@@ -51,7 +50,14 @@ class _PrefixCache:
 class LensReplay:
     """See ``protocol.Replay``."""
 
-    def __init__(self, backend: LensBackend, tokens: Tensor, first: int, record: Sequence[tuple[str, int]]):
+    def __init__(
+        self,
+        backend: LensBackend,
+        tokens: Tensor,
+        first: int,
+        record: Sequence[tuple[str, int]],
+        changes: Mapping[tuple[str, int], Change] | None = None,
+    ):
         self.backend, self.first, self.batch = backend, first, len(tokens)
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._residuals: list[Tensor] = []
@@ -64,7 +70,11 @@ class LensReplay:
                 self._prefix = [(layer.keys, layer.values) for layer in cache.layers]
                 options = {"use_cache": True, "past_key_values": cache}
             last = ("resid", backend.info.n_layers)
-            with backend.hooks(backend.record_into(self._store, [*record, last])), self._noting():
+            with (
+                backend.hooks(changes or {}),
+                backend.hooks(backend.record_into(self._store, [*record, last])),
+                self._noting(),
+            ):
                 backend.body(tokens[:, first:], **options)
             self._residuals.append(self._store[last])
 
@@ -96,9 +106,20 @@ class LensReplay:
             for write in waiting:  # the stream that leaves the last block
                 entering = _written(self._resid(write.layer)[write.rows.to(rows.device)], write)
                 resid, rows = torch.cat([resid, entering]), torch.cat([rows, write.rows.to(rows.device)])
-            at = read.positions.to(resid.device) - self.first
-            ends = resid[torch.arange(len(rows), device=resid.device), at]
-            return backend.readout(backend.bridge.ln_final(ends[:, None])[:, 0], read.columns)
+            return self._logits(resid, read)
+
+    def vary(self, layer: int, rows: Tensor, changes: Mapping[tuple[str, int], Change], read: Read) -> Tensor:
+        """Logits ``[rows, k]`` of the base prompts ``rows`` from block ``layer`` on, with these changes made."""
+        with torch.inference_mode(), self.backend.hooks(changes):
+            resid = self._resid(layer)[rows]
+            for later in range(layer, self.backend.info.n_layers):
+                resid = self._block(later, resid, rows)
+            return self._logits(resid, read)
+
+    def _logits(self, resid: Tensor, read: Read) -> Tensor:
+        at = read.positions.to(resid.device) - self.first
+        ends = resid[torch.arange(len(resid), device=resid.device), at]
+        return self.backend.readout(self.backend.bridge.ln_final(ends[:, None])[:, 0], read.columns)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -136,7 +157,7 @@ class LensReplay:
         return value
 
 
-def _change(parts: list[tuple[slice, Write]]) -> Callable[[Tensor], Tensor]:
+def _change(parts: list[tuple[slice, Write]]) -> Change:
     def function(tensor: Tensor) -> Tensor:
         new = tensor.clone()
         for place, write in parts:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..errors import StorageError
-from ..results import Scores, write_whole
+from ..results import Scores, as_html, write_whole
 from ..sites import HeadSet, Site, site
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Circuit:
                 "unit": self.scores.unit,
                 "meta": dict(self.scores.meta),
                 "columns": {str(column): str(kind) for column, kind in table.dtypes.items()},
-                "rows": json.loads(table.to_json(orient="values", double_precision=15)),
+                "rows": json.loads(str(table.to_json(orient="values", double_precision=15))),
             },
         }
         return write_whole(Path(path), lambda target: target.write_text(json.dumps(content, indent=1)))
@@ -126,5 +126,4 @@ class Circuit:
         return f"Circuit of {len(self)} nodes: {' '.join(map(str, self.nodes))}"
 
     def _repr_html_(self) -> str:
-        styled = self.frame.style.hide(axis="index").format(precision=3, na_rep="")
-        return styled.set_caption(f"A circuit of {len(self)} nodes").to_html()
+        return as_html(self.frame, f"A circuit of {len(self)} nodes")

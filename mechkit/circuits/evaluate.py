@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import MetricError, OptionError, UnsupportedError
-from ..results import provenance
+from ..results import as_html, provenance
 from ..sites import HeadSet
 from .keep import Keeper
 
@@ -97,7 +97,7 @@ class Evaluation:
         return text
 
     def _repr_html_(self) -> str:
-        return self.frame.style.hide(axis="index").format(precision=2).set_caption("Evaluation").to_html()
+        return as_html(self.frame, "Evaluation", precision=2)
 
 
 def evaluate(

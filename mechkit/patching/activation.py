@@ -110,9 +110,7 @@ def _sites(model: Model, wanted: SitesLike) -> list[Site]:
         raise SiteError("No sites to patch", expected="heads, mlps, resid, or addresses")
     for one in chosen:
         if one.kind not in WRITABLE:
-            raise UnsupportedError(
-                f'Patching "{one}"', expected="a head's output, an MLP or the residual stream"
-            )
+            raise UnsupportedError(f'Patching "{one}"', expected="a head's output, an MLP or the residual stream")
     return chosen
 
 

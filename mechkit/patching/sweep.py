@@ -96,9 +96,7 @@ def sweep(
     with tqdm(total=len(cells) * len(task), desc="patching", unit="patch", disable=not progress) as bar:
         for first in starts.unique().tolist():
             rows = (starts == first).nonzero()[:, 0]
-            for cell, row, logits in _group(
-                model, task[rows], cells, base[rows], source[rows], first, columns, bar
-            ):
+            for cell, row, logits in _group(model, task[rows], cells, base[rows], source[rows], first, columns, bar):
                 patched[cell, rows[row]] = measure(logits, rows[row])
     return Sweep(patched, *ends)
 
@@ -125,7 +123,7 @@ def _group(
     bar.update(len(cells) * len(task) - len(active))
     depth = torch.tensor([keys.index((cell.site.kind, cell.site.layer)) for cell in cells])
     active = active[(active[:, 1] * len(keys) + depth[active[:, 0]]).argsort(stable=True)]  # prompt by prompt
-    for batch in active.split(max(1, TOKENS_AT_ONCE // (width - first))):
+    for batch in active.split(max(1, TOKENS_AT_ONCE // (width - first))) if len(active) else ():
         batch = batch[depth[batch[:, 0]].argsort(stable=True)]
         cell, row = batch.T
         writes = []

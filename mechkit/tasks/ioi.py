@@ -32,7 +32,6 @@ TEMPLATES = (
     "When {A} and {B} went to the {place}, {S} gave a {thing} to",
     "When {A} and {B} got to the {place}, {S} gave a {thing} to",
     "When {A} and {B} came to the {place}, {S} gave a {thing} to",
-    "When {A} and {B} arrived at the {place}, {S} gave a {thing} to",
     "When {A} and {B} met at the {place}, {S} gave a {thing} to",
     "When {A} and {B} met at the {place}, {S} offered a {thing} to",
     "When {A} and {B} were at the {place}, {S} handed a {thing} to",
@@ -44,7 +43,6 @@ TEMPLATES = (
     "When {A} and {B} drove to the {place}, {S} lent a {thing} to",
     "When {A} and {B} played at the {place}, {S} threw a {thing} to",
     "While {A} and {B} were at the {place}, {S} gave a {thing} to",
-    "Since {A} and {B} were at the {place}, {S} gave a {thing} to",
     "Then, {A} and {B} went to the {place}. {S} gave a {thing} to",
     "Today, {A} and {B} went to the {place}. {S} gave a {thing} to",
     "The day {A} and {B} went to the {place}, {S} gave a {thing} to",
@@ -127,9 +125,7 @@ def ioi(
         raise OptionError(f"corrupt = {corrupt!r}", expected='"swap" or "abc"')
     names = {name: ids[0] for name in NAMES if len(ids := model.encode(" " + name)) == 1}
     if len(names) < 3:
-        raise TaskError(
-            f"{len(names)} of {len(NAMES)} names are single tokens for {model.name}", expected="at least 3"
-        )
+        raise TaskError(f"{len(names)} of {len(NAMES)} names are single tokens for {model.name}", expected="at least 3")
     templates, places, things = _same_length(model, sorted(names))
     draw = random.Random(seed)
     prompts = []
@@ -164,9 +160,7 @@ def _same_length(model: Model, names: list[str]) -> tuple[list[str], list[str], 
     places = [place for place in PLACES if len(model.encode(" " + place)) == 1]
     things = [thing for thing in THINGS if len(model.encode(" " + thing)) == 1]
     if not places or not things:
-        raise TaskError(
-            f"No place or no thing is a single token for {model.name}", expected="at least one each"
-        )
+        raise TaskError(f"No place or no thing is a single token for {model.name}", expected="at least one each")
     filled = {"A": names[0], "B": names[1], "S": names[1], "place": places[0], "thing": things[0]}
     length = {template: len(model.encode(template.format(**filled))) for template in TEMPLATES}
     common = Counter(length.values()).most_common(1)[0][0]

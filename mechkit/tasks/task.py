@@ -89,9 +89,13 @@ class Task:
         Raises:
             TaskError: shapes that do not fit, no prompts, or twins that do not differ anywhere.
         """
+        clean, corrupt, correct, wrong = _checked_ids(clean, corrupt, correct, wrong)
         return cls(
-            *_checked_ids(clean, corrupt, correct, wrong),
-            **_layout(torch.as_tensor(clean), lengths, spans or {}, templates),
+            clean,
+            corrupt,
+            correct,
+            wrong,
+            **_layout(clean, lengths, spans or {}, templates),
             _texts=(tuple(texts[0]), tuple(texts[1])),
             metric=as_metric(metric),
             name=name,
@@ -116,9 +120,9 @@ class Task:
         """
         from .text import encode_frame
 
-        ids = encode_frame(frame, model)
+        *ids, lengths = encode_frame(frame, model)
         texts = (list(frame["clean"]), list(frame["corrupt"]))
-        return cls.from_tokens(**ids, texts=texts, metric=metric, name=name)
+        return cls.from_tokens(*ids, lengths=lengths, texts=texts, metric=metric, name=name)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -201,9 +205,7 @@ class Task:
         """
         if isinstance(where, str):
             if where not in self.spans:
-                raise TaskError(
-                    f'Task "{self.name}" has no span "{where}"', expected="one of " + ", ".join(self.spans)
-                )
+                raise TaskError(f'Task "{self.name}" has no span "{where}"', expected="one of " + ", ".join(self.spans))
             return self.spans[where]
         first = torch.full((len(self),), where) + (self.lengths if where < 0 else 0)
         if bool(((first < 0) | (first >= self.lengths)).any()):
@@ -238,9 +240,7 @@ def _checked_ids(clean: Tensor, corrupt: Tensor, correct: Tensor, wrong: Tensor)
         )
     for name, tensor in zip(COLUMNS[2:], ids[2:], strict=True):
         if len(tensor) != len(ids[0]):
-            raise TaskError(
-                f"{len(tensor)} `{name}` answers for {len(ids[0])} prompts", expected="one a prompt"
-            )
+            raise TaskError(f"{len(tensor)} `{name}` answers for {len(ids[0])} prompts", expected="one a prompt")
     same = (ids[0] == ids[1]).all(1).nonzero()
     if len(same):
         raise TaskError(

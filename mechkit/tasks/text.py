@@ -42,8 +42,8 @@ def single_token(text: str, model: Model, what: str) -> int:
     return ids[0]
 
 
-def encode_frame(frame: pd.DataFrame, model: Model) -> dict[str, Tensor]:
-    """The token ids of a table of prompts, as ``Task.from_tokens`` takes them."""
+def encode_frame(frame: pd.DataFrame, model: Model) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Ids of the clean and corrupt prompts ``[n, pos]`` and of the answers ``[n]``, and lengths ``[n]``."""
     missing = [column for column in COLUMNS if column not in frame]
     if missing:
         raise TaskError(
@@ -68,14 +68,9 @@ def encode_frame(frame: pd.DataFrame, model: Model) -> dict[str, Tensor]:
         corrupt.append(b)
         correct.append(single_token(prompts[2], model, f"Row {row}: the correct answer"))
         wrong.append(single_token(prompts[3], model, f"Row {row}: the wrong answer"))
-    ids, lengths = pad_right(clean, model.pad_token)
-    return {
-        "clean": ids,
-        "corrupt": pad_right(corrupt, model.pad_token)[0],
-        "correct": torch.tensor(correct),
-        "wrong": torch.tensor(wrong),
-        "lengths": lengths,
-    }
+    pad = model.pad_token
+    ids, lengths = pad_right(clean, pad)
+    return ids, pad_right(corrupt, pad)[0], torch.tensor(correct), torch.tensor(wrong), lengths
 
 
 def _warn_if_space_is_missing(row: int, prompts: tuple, model: Model) -> None:
