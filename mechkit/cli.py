@@ -160,3 +160,7 @@ def _models(options: argparse.Namespace) -> int:
     print(f"cache: {cache_dir()} (set MECHKIT_CACHE to move it)")
     print("Any decoder that TransformerLens serves loads by its Hub id, from a folder, or from a .gguf file.")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -118,7 +118,8 @@ class Scores:
             else:
                 with path.open() as file:
                     text = file.readline().removeprefix(_CSV_HEADER)
-                    frame = pd.read_csv(file)
+                    # Left to itself, pandas reads head "0.10" as the number 0.1.
+                    frame = pd.read_csv(file, dtype={"site": str, "head": "Int64"})
             extra = json.loads(text)
             return cls(frame, extra["unit"], extra["meta"])
         except (OSError, KeyError, ValueError) as error:

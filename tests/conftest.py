@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mechkit as mk
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """One thread for tiny models: two spend their time waiting for each other."""
+    torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("real_model") else 1)
 
 
 @pytest.fixture(scope="session")

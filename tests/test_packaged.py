@@ -131,7 +131,24 @@ def test_other_storage_types_dequantise_too(weights, tmp_path):
 
     ours = load_file(tmp_path / "made" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     (stored,) = (tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == "blk.0.ffn_up.weight")
-    assert torch.equal(ours, torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type)).float())
+    assert torch.equal(ours, torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy()).float())
+
+
+def test_dequantise_works_where_the_library_does_not_mark_the_model_as_quantised(shop, tmp_path, monkeypatch):
+    # Versions of transformers before GGUF became one of its quantisers give a plain model.
+    real = AutoModelForCausalLM.from_pretrained
+
+    def unmarked(*args, **options):
+        model = real(*args, **options)
+        for holder, mark in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+            if hasattr(holder, mark):
+                delattr(holder, mark)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unmarked)
+    packaged.dequantise(shop.gguf, tmp_path / "made")
+
+    assert real(tmp_path / "made").config.num_hidden_layers == 2
 
 
 def test_load_gives_the_packaged_model_by_name(shop, monkeypatch):
@@ -304,7 +321,8 @@ def test_interrupted_making_leaves_nothing_and_the_next_use_works(shop, monkeypa
             packaged.local_folder(shop.model)
     assert shop.in_cache() == []
 
-    assert packaged.is_cached(shop.model) is False
+    assert not packaged.is_cached(shop.model)
+
     packaged.local_folder(shop.model)
     assert packaged.is_cached(shop.model)
 

@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
@@ -309,8 +308,8 @@ BAD = {
     "int": (lambda at: 42, LoadError, ["int"]),
     "None": (lambda at: None, LoadError, ["NoneType"]),
     "bare model": (lambda at: random_model(), LoadError, ["GPT2LMHeadModel", "(hf_model, tokenizer or None)"]),
-    "hub id without a network": (lambda at: "nobody/nothing", LoadError, ["{}", 'mk.load("smollm2-135m")']),
-    "misspelt packaged name": (lambda at: "smollm2", LoadError, ["{}", 'mk.load("smollm2-135m")']),
+    "hub id without a network": (lambda at: "nobody/nothing", LoadError, ["{}", "smollm2-135m", "needs no hub"]),
+    "misspelt packaged name": (lambda at: "smollm2", LoadError, ["{}", "smollm2-135m", "needs no hub"]),
     "model without attention": (
         lambda at: (AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=2, **_SIZES)), None),
         UnsupportedError,
@@ -327,7 +326,7 @@ def test_bad_source_is_refused_with_what_was_given(case, tmp_path):
     with pytest.raises(kind) as caught:
         mk.load(source, device="cpu")
 
-    message = str(caught.value).replace("'smollm2-135m'", '"smollm2-135m"')  # either quotation mark will do
+    message = str(caught.value)
     for fragment in fragments:
         assert fragment.replace("{}", str(source)) in message
     assert message.endswith(".")
@@ -434,15 +433,10 @@ def test_prompts_that_cannot_run_are_refused(prompts, given, reading):
 def test_text_of_no_tokens_is_an_empty_prompt():
     model = mk.load((random_model(), word_tokenizer()))
 
-    with pytest.raises(PromptError, match="(?i)empty|no token"):
+    with pytest.raises(PromptError, match=r"(?i)empty|no token"):
         model.run("   ")
 
 
 def test_prompt_as_long_as_the_context_runs(reading, silent):
     assert reading.run("Mary " * (N_CTX - 1)).logits.shape == (1, N_CTX, N_VOCAB)
     assert silent.run(torch.zeros(N_CTX, dtype=torch.long)).logits.shape == (1, N_CTX, N_VOCAB)
-
-
-def test_saved_class_is_what_is_loaded(tmp_path):
-    random_model().save_pretrained(tmp_path)
-    assert isinstance(mk.load(tmp_path, device="cpu").hf, GPT2LMHeadModel)

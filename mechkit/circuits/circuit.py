@@ -90,7 +90,7 @@ class Circuit:
                 "unit": self.scores.unit,
                 "meta": dict(self.scores.meta),
                 "columns": {str(column): str(kind) for column, kind in table.dtypes.items()},
-                "rows": json.loads(str(table.to_json(orient="values", double_precision=15))),
+                "rows": table.astype(object).where(table.notna(), None).to_dict("split")["data"],
             },
         }
         return write_whole(Path(path), lambda target: target.write_text(json.dumps(content, indent=1)))
