@@ -191,7 +191,12 @@ class Model:
             ids, lengths = prompts.clean, prompts.lengths
         elif isinstance(prompts, Tensor):
             ids = prompts if prompts.ndim == 2 else prompts[None]
-            if prompts.ndim not in (1, 2) or prompts.is_floating_point() or not prompts.numel():
+            if (
+                prompts.ndim not in (1, 2)
+                or prompts.is_floating_point()
+                or prompts.dtype == torch.bool
+                or not prompts.numel()
+            ):
                 raise PromptError(f"{prompts.dtype} of shape {list(prompts.shape)}", expected="ids [batch, pos]")
             if int(ids.min()) < 0 or int(ids.max()) >= self.info.d_vocab:
                 raise PromptError(
@@ -208,6 +213,8 @@ class Model:
             bos = getattr(self._need_tokenizer(), "bos_token_id", None)
             rows = [self.encode(text) for text in texts]
             rows = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
+            if not all(rows):
+                raise PromptError("An empty prompt: it has no token", expected="text of at least one token")
             ids, lengths = pad_right(rows, self.pad_token)
         if ids.shape[1] > self.info.n_ctx:
             raise PromptError(

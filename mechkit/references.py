@@ -30,11 +30,15 @@ class TemplateMeans:
 
     Attributes:
         values: ``[templates, pos, ...]`` by (kind, layer), in the layouts of ``backends.protocol``.
-        templates: the template numbers, in the order of the first axis.
+        templates: the template numbers ``[templates]``, in the order of the first axis.
+        lengths: tokens of the prompts of each template ``[templates]``.
+        counts: prompts of each template ``[templates]``.
     """
 
     values: dict[tuple[str, int], Tensor]
     templates: Tensor
+    lengths: Tensor
+    counts: Tensor
 
     def rows(self, key: tuple[str, int], task: Task) -> Tensor:
         """The means for each prompt of ``task``: ``[n, pos, ...]``.
@@ -50,12 +54,15 @@ class TemplateMeans:
                 f'Prompt {missing} of "{task.name}" has a template that the reference has no prompts of',
                 fix="Take a reference with the same templates, such as the task itself",
             )
-        if means.shape[1] < task.clean.shape[1]:
+        which = match.int().argmax(1)
+        if bool((self.lengths[which] != task.lengths).any()):
+            odd = int((self.lengths[which] != task.lengths).nonzero()[0])
             raise EditError(
-                f"Prompts of {task.clean.shape[1]} tokens and a reference of {means.shape[1]}",
-                expected="a reference at least as long",
+                f'Prompt {odd} of "{task.name}" has {int(task.lengths[odd])} tokens, and the reference prompts of its '
+                f"template {int(self.lengths[which[odd]])}",
+                expected="a reference made in the same way as the task",
             )
-        return means[match.int().argmax(1).to(means.device), : task.clean.shape[1]]
+        return means[which.to(means.device), : task.clean.shape[1]]
 
 
 def corrupt_activations(model: Model, task: Task, sites: list[Site]) -> dict[tuple[str, int], Tensor]:
@@ -72,7 +79,8 @@ def template_means(model: Model, task: Task, sites: list[Site]) -> TemplateMeans
     for key, values in activations.items():
         total = values.new_zeros(len(numbers), *values.shape[1:]).index_add_(0, index.to(values.device), values)
         means[key] = total / counts.to(values).view(-1, *[1] * (values.ndim - 1))
-    return TemplateMeans(means, numbers)
+    lengths = torch.stack([task.lengths[index == i].max() for i in range(len(numbers))])
+    return TemplateMeans(means, numbers, lengths, counts)
 
 
 def with_values(model: Model, edit: Ablate, task: Task | None) -> Edit:
@@ -96,7 +104,7 @@ def with_values(model: Model, edit: Ablate, task: Task | None) -> Edit:
     else:
         means = template_means(model, edit.reference, sites)
         if task is None:
-            source = {key: _over_everything(key, means, edit.reference) for key in means.values}
+            source = {key: _over_everything(key, means) for key in means.values}
         else:
             source = {key: means.rows(key, task) for key in means.values}
     return PatchIn(edit.sites, edit.positions, {one: _of(source, one, edit, model) for one in sites})
@@ -112,7 +120,7 @@ def _of(source: dict[tuple[str, int], Tensor], site: Site, edit: Ablate, model: 
     return tensor[:, torch.tensor(edit.positions, device=tensor.device)]
 
 
-def _over_everything(key: tuple[str, int], means: TemplateMeans, reference: Task) -> Tensor:
+def _over_everything(key: tuple[str, int], means: TemplateMeans) -> Tensor:
     """One mean over all prompts and their positions: ``[heads, d_head]`` or ``[d_model]``."""
     if key[0] in ("pattern", "scores"):
         raise EditError(
@@ -120,10 +128,8 @@ def _over_everything(key: tuple[str, int], means: TemplateMeans, reference: Task
             fix="Run the task's own prompts",
         )
     values = means.values[key]
-    counts = torch.stack([(reference.templates == number).sum() for number in means.templates])
-    last = torch.stack([reference.lengths[reference.templates == number].max() for number in means.templates])
-    real = torch.arange(values.shape[1])[None] < last[:, None]
-    weight = (counts[:, None] * real).to(values)
+    real = torch.arange(values.shape[1])[None] < means.lengths[:, None]
+    weight = (means.counts[:, None] * real).to(values)
     return (values * weight.view(*weight.shape, *[1] * (values.ndim - 2))).sum((0, 1)) / weight.sum()
 
 

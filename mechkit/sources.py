@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from .errors import LoadError, OptionError, UnsupportedError
 from .packaged import PACKAGED, dequantise, local_folder
@@ -37,8 +40,15 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None, revi
         raise OptionError(f"dtype {dtype!r}", expected='"float32", "bfloat16" or "float16"')
     options = {"dtype": getattr(torch, dtype)}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device {device!r}", expected='"cpu", "cuda", "cuda:1"') from error
     if isinstance(source, tuple):
-        if len(source) != 2 or not isinstance(source[0], torch.nn.Module):
+        from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+        kinds = (PreTrainedModel, (PreTrainedTokenizerBase, type(None)))
+        if len(source) != 2 or not all(map(isinstance, source, kinds)):
             raise LoadError(
                 f"A tuple of {[type(part).__name__ for part in source]}",
                 expected="(hf_model, tokenizer or None)",
@@ -94,18 +104,24 @@ def _pretrained(where: str, options: dict[str, Any], **more: Any) -> tuple[Any, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_library():
-        model = AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager", **options, **more)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, attn_implementation="eager", output_loading_info=True, **options, **more
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"the weights lack {missing[0]} and {len(missing) - 1} more")
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **more)
         except (OSError, ValueError, ImportError):
             tokenizer = None  # weights alone are enough where only token ids are used
+    if tokenizer is not None and not tokenizer.vocab_size:
+        tokenizer = None
     return model, tokenizer
 
 
 def _from_folder(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     try:
         return _pretrained(str(folder), options, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise LoadError(
             f"{folder} could not be loaded: {_first_line(error)}",
             expected="a folder written by save_pretrained",
@@ -120,7 +136,7 @@ def _from_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as made:
         try:
             dequantise(path, Path(made))
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, NotImplementedError, struct.error) as error:
             raise LoadError(
                 f"{path} could not be read as GGUF: {_first_line(error)}",
                 expected="a GGUF file of an architecture that transformers de-quantises",
@@ -131,7 +147,7 @@ def _from_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
 def _from_hub(name: str, revision: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
     try:
         return _pretrained(name, options, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         known = ", ".join(PACKAGED)
         raise LoadError(
             f"{name!r} is no packaged model ({known}), no folder here, and the model hub gave nothing: "
@@ -144,6 +160,8 @@ def _bridged(model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Mo
     from .backends.lens import LensBackend
     from .model import Model
 
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{name} ({type(model).__name__}) is an encoder-decoder", expected="a decoder")
     if not any("attn" in part or "attention" in part for part, _ in model.named_modules()):
         raise UnsupportedError(f"{name} ({type(model).__name__}) has no attention", expected="a transformer")
     with quiet_library():

@@ -221,6 +221,13 @@ def test_dtype_is_the_one_asked_for(dtype, tmp_path):
     torch.testing.assert_close(logits.float(), own_logits(hf), atol=0.1, rtol=0.05)
 
 
+def test_gguf_file_loads_in_the_dtype_asked_for(tmp_path):
+    model = mk.load(tiny_gguf.write_gguf(tmp_path / "tiny.gguf"), dtype="float16", device="cpu")
+
+    assert model.info.dtype == "float16"
+    assert model.run(IDS).logits.dtype == torch.float16
+
+
 def test_model_you_made_keeps_its_dtype():
     assert mk.load((random_model().to(torch.bfloat16), None)).info.dtype == "bfloat16"
 
@@ -355,13 +362,23 @@ def test_errors_are_also_the_standard_librarys_kinds():
         mk.load("./nowhere", dtype="float8")
 
 
-def test_library_speaks_as_before_after_a_load_that_failed(tmp_path):
+@pytest.mark.parametrize("bars", [True, False])
+def test_library_speaks_as_before_when_a_load_is_over(bars, tmp_path):
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pytest.raises(LoadError):
-        mk.load(_folder("{}")(tmp_path))
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    try:
+        logging.set_verbosity_info()
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+        with pytest.raises(LoadError):
+            mk.load(_folder("{}")(tmp_path))
+        mk.load(tiny_gguf.write_gguf(tmp_path / "tiny.gguf"), device="cpu")
+
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, bars)
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
 
 
 # -- prompts --------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def patch(
             f'{task.metric.name} is {float(done.base.mean()):.4g} on clean and corrupt prompts of "{task.name}" alike',
             expected="a metric that tells them apart",
         )
-    effects = ((done.patched - done.base) / gap).numpy()
+    effects = ((done.patched - done.base) / gap).double().numpy()
     rows = [
         {
             "site": str(cell.site),
@@ -83,7 +83,7 @@ def patch(
     ]
     frame = pd.DataFrame(rows).assign(
         score=effects.mean(1),
-        metric=done.patched.mean(1).numpy(),
+        metric=done.patched.double().mean(1).numpy(),
         se=_standard_error(effects),
         n=len(task),
     )
