@@ -26,7 +26,7 @@ $(VENV)/.lab: $(VENV)/.runtime
 	@touch $@
 
 demo: $(VENV)/.runtime  ## which heads of SmolLM2-135M do indirect object identification?
-	$(BIN)/mechkit discover ioi --model smollm2-135m --n 32 --out $(OUT)
+	$(BIN)/mechkit discover ioi --model smollm2-135m --n 24 --out $(OUT)
 
 test: $(VENV)/.dev  ## every test, the real model's among them
 	$(BIN)/python -m pytest

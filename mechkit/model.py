@@ -130,12 +130,12 @@ class Model:
 
     @cached_property
     def nnsight(self) -> Any:
-        """The same module as an nnsight ``LanguageModel`` (or ``NNsight``, where there is no tokenizer)."""
+        """The same module as an nnsight ``TransformersModel`` (``NNsight`` where there is no tokenizer)."""
         import nnsight
 
         if self.tokenizer is None:
             return nnsight.NNsight(self.hf)
-        return nnsight.LanguageModel(self.hf, tokenizer=self.tokenizer)
+        return nnsight.TransformersModel(self.hf, tokenizer=self.tokenizer, task="text-generation")
 
     @cached_property
     def weights_hash(self) -> str:

@@ -104,9 +104,10 @@ def _pretrained(where: str, options: dict[str, Any], **more: Any) -> tuple[Any, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_library():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, attn_implementation="eager", output_loading_info=True, **options, **more
         )
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"the weights lack {missing[0]} and {len(missing) - 1} more")
         try:

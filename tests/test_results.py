@@ -80,6 +80,7 @@ def test_pictures_are_drawn_and_show_their_numbers(scores):
 
     drawn = figures.svg(scores.plot(), "the map")
     assert drawn.startswith("<svg")
+    assert scores.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     assert 'aria-label="the map"' in drawn
     assert f"{scores.top(1).score[0]:.2f}".replace("0.", ".") in drawn
     circuit = mk.discover(tiny("llama"), tiny_task(n=5), size=3, progress=False)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Tokens on the batch axis at once: enough to keep matrix products at full speed, and little memory (about
 # 40 kB a token for SmolLM2-135M).
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 WRITABLE = ("z", "mlp", "resid")
 
 

@@ -11,10 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ..circuits.evaluate import Evaluation
     from ..results import Scores
 
@@ -22,16 +21,26 @@ SIGNED, ATTENTION = "RdBu_r", "Blues"
 CIRCUIT, RANDOM, FULL = "#B2182B", "#4D4D4D", "#2166AC"
 
 
+class Picture(Figure):
+    """A matplotlib figure that notebooks show by itself, without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        import io
+
+        with io.BytesIO() as buffer:
+            self.savefig(buffer, format="png", dpi=110)
+            return buffer.getvalue()
+
+
 def head_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
     """Head scores, layers across and heads down, the ten largest with their numbers; ``mark`` gets a frame."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     heads_only = replace(scores, frame=scores.frame[scores.frame["kind"] == "z"])
     grid = heads_only.grid().T  # [heads, layers]
     heads, layers = grid.shape
     limit = float(np.nanmax(np.abs(grid))) or 1.0
-    figure = Figure(figsize=(max(5.0, 0.36 * layers + 1.6), max(2.2, 0.34 * heads + 1.0)), layout="constrained")
+    figure = Picture(figsize=(max(5.0, 0.36 * layers + 1.6), max(2.2, 0.34 * heads + 1.0)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
     for layer, head, score in heads_only.top(10)[["layer", "head", "score"]].itertuples(index=False, name=None):
@@ -52,9 +61,7 @@ def head_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
 
 def faithfulness_curve(evaluation: Evaluation) -> Figure:
     """Faithfulness of the first 1, 2, 3 ... nodes, beside the random sets of the whole circuit's size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+    figure = Picture(figsize=(6.8, 3.8), layout="constrained")
     axes = figure.subplots()
     curve, control = evaluation.curve, evaluation.control
     last = int(curve["size"].iloc[-1])
@@ -95,10 +102,8 @@ def faithfulness_curve(evaluation: Evaluation) -> Figure:
 
 def attention_pattern(pattern: np.ndarray, tokens: Sequence[str], title: str) -> Figure:
     """One head's attention ``[query, key]``, tokens on both axes."""
-    from matplotlib.figure import Figure
-
     size = max(2.6, 0.17 * len(tokens) + 1.1)
-    figure = Figure(figsize=(size, size), layout="constrained")
+    figure = Picture(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(pattern, cmap=ATTENTION, vmin=0, vmax=1)
     axes.set_xticks(range(len(tokens)), [visible(token) for token in tokens], rotation=90, fontsize=7)
