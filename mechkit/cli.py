@@ -104,7 +104,7 @@ def _behaviour(model: Model, task: Task) -> Behaviour:
     from .view.report import Behaviour
 
     answers = model.read(task.clean, task.answer_positions, task.answers)
-    return Behaviour(task.metric.name, task.metric.unit, task.metric(answers, task).numpy())
+    return Behaviour(task.metric.name, task.metric.unit, task.metric(answers, task).cpu().numpy())
 
 
 def _example(model: Model, task: Task, circuit: Circuit) -> Example:

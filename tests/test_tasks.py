@@ -194,3 +194,21 @@ def test_prompts_get_a_beginning_and_padding_at_the_right(model):
 def test_a_prompt_longer_than_the_context_is_refused(model):
     with pytest.raises(PromptError, match="at most 32"):
         model.run("Mary " * 40)
+
+
+def test_answers_are_read_as_they_stand_after_the_prompt():
+    """Llama 2's tokenizer puts a space before what it reads: " Mary" by itself is two spaces and a name."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from mechkit.tasks.text import continuation
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.train_from_iterator(["When", "Mary", "went"], trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    reader = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    model = mk.Model(words.model().backend, reader)
+    assert len(model.encode(" Mary")) > 1
+    assert len(continuation("When", " Mary", model)) == 1
+    assert model.encode("When Mary") == [*model.encode("When"), *continuation("When", " Mary", model)]
+    assert continuation("When", "ever", words.model()) == words.model().encode("ever")

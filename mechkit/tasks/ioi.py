@@ -23,6 +23,7 @@ import torch
 
 from ..errors import OptionError, TaskError
 from .task import Task, group_ids
+from .text import continuation
 
 if TYPE_CHECKING:
     from ..metrics import Metric, MetricFunction
@@ -49,50 +50,11 @@ TEMPLATES = (
     "One day {A} and {B} went to the {place}, and {S} gave a {thing} to",
     "Afterwards, {A} and {B} went to the {place}. {S} gave a {thing} to",
 )
-NAMES = [
-    "Adam",
-    "Alice",
-    "Amy",
-    "Anna",
-    "Brian",
-    "Daniel",
-    "David",
-    "Emily",
-    "Emma",
-    "Eric",
-    "George",
-    "Helen",
-    "Henry",
-    "Jack",
-    "James",
-    "Jane",
-    "Jason",
-    "Jessica",
-    "John",
-    "Kate",
-    "Kevin",
-    "Laura",
-    "Lisa",
-    "Maria",
-    "Mark",
-    "Martin",
-    "Mary",
-    "Michael",
-    "Paul",
-    "Peter",
-    "Rachel",
-    "Robert",
-    "Ruth",
-    "Ryan",
-    "Sam",
-    "Sarah",
-    "Simon",
-    "Sophie",
-    "Steve",
-    "Susan",
-    "Thomas",
-    "Tom",
-]
+NAMES = (
+    "Adam Alice Amy Anna Brian Daniel David Emily Emma Eric George Helen Henry Jack James Jane Jason Jessica "
+    "John Kate Kevin Laura Lisa Maria Mark Martin Mary Michael Paul Peter Rachel Robert Ruth Ryan Sam Sarah "
+    "Simon Sophie Steve Susan Thomas Tom"
+).split()
 PLACES = ("store", "park", "school", "office", "station", "house", "garden", "hospital")
 THINGS = ("drink", "book", "ring", "ball", "letter", "gift", "pen", "key")
 
@@ -123,7 +85,7 @@ def ioi(
         raise OptionError(f"n = {n!r} prompts", expected="a whole number from 1")
     if corrupt not in ("swap", "abc"):
         raise OptionError(f"corrupt = {corrupt!r}", expected='"swap" or "abc"')
-    names = {name: ids[0] for name in NAMES if len(ids := model.encode(" " + name)) == 1}
+    names = {name: ids[0] for name in NAMES if len(ids := continuation("When", " " + name, model)) == 1}
     if len(names) < 3:
         raise TaskError(f"{len(names)} of {len(NAMES)} names are single tokens for {model.name}", expected="at least 3")
     templates, places, things = _same_length(model, sorted(names))
@@ -157,8 +119,8 @@ def ioi(
 
 def _same_length(model: Model, names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """The templates, places and things that give prompts of the commonest length for this tokenizer."""
-    places = [place for place in PLACES if len(model.encode(" " + place)) == 1]
-    things = [thing for thing in THINGS if len(model.encode(" " + thing)) == 1]
+    places = [place for place in PLACES if len(continuation("the", " " + place, model)) == 1]
+    things = [thing for thing in THINGS if len(continuation("a", " " + thing, model)) == 1]
     if not places or not things:
         raise TaskError(f"No place or no thing is a single token for {model.name}", expected="at least one each")
     filled = {"A": names[0], "B": names[1], "S": names[1], "place": places[0], "thing": things[0]}

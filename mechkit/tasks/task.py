@@ -189,7 +189,7 @@ class Task:
             TaskError: there are none.
         """
         answers = model.read(self.clean, self.answer_positions, self.answers)
-        rows = (METRICS["logit_diff"](answers, self) > 0).nonzero()[:, 0]
+        rows = (METRICS["logit_diff"](answers, self) > 0).nonzero()[:, 0].cpu()
         if not len(rows):
             raise TaskError(
                 f'The model prefers the wrong answer on all {len(self)} prompts of "{self.name}"',

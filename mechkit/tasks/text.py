@@ -25,13 +25,23 @@ def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows]), lengths
 
 
-def single_token(text: str, model: Model, what: str) -> int:
-    """The one id of an answer.
+def continuation(prompt: str, text: str, model: Model) -> list[int]:
+    """The ids that ``text`` adds to ``prompt``.
+
+    Some tokenizers put a space before whatever they read, so that a word read by itself is not what it is in a
+    sentence; and some would join the two, in which case the text is read by itself.
+    """
+    before, whole = model.encode(prompt), model.encode(prompt + text)
+    return whole[len(before) :] if whole[: len(before)] == before else model.encode(text)
+
+
+def single_token(prompt: str, text: str, model: Model, what: str) -> int:
+    """The one id of an answer to a prompt.
 
     Raises:
         TaskError: the text is several tokens for this model, or none.
     """
-    ids = model.encode(text)
+    ids = continuation(prompt, text, model)
     if len(ids) != 1:
         pieces = [model.to_text(i) for i in ids]
         raise TaskError(
@@ -66,8 +76,8 @@ def encode_frame(frame: pd.DataFrame, model: Model) -> tuple[Tensor, Tensor, Ten
         _warn_if_space_is_missing(row, prompts, model)
         clean.append(a)
         corrupt.append(b)
-        correct.append(single_token(prompts[2], model, f"Row {row}: the correct answer"))
-        wrong.append(single_token(prompts[3], model, f"Row {row}: the wrong answer"))
+        correct.append(single_token(prompts[0], prompts[2], model, f"Row {row}: the correct answer"))
+        wrong.append(single_token(prompts[0], prompts[3], model, f"Row {row}: the wrong answer"))
     pad = model.pad_token
     ids, lengths = pad_right(clean, pad)
     return ids, pad_right(corrupt, pad)[0], torch.tensor(correct), torch.tensor(wrong), lengths
@@ -76,7 +86,7 @@ def encode_frame(frame: pd.DataFrame, model: Model) -> tuple[Tensor, Tensor, Ten
 def _warn_if_space_is_missing(row: int, prompts: tuple, model: Model) -> None:
     clean, _, *answers = prompts
     for answer in answers:
-        if clean[-1].isalnum() and answer[0].isalnum() and len(model.encode(" " + answer)) == 1:
+        if clean[-1].isalnum() and answer[0].isalnum() and len(continuation(clean, " " + answer, model)) == 1:
             warnings.warn(
                 f"Row {row}: the answer {answer!r} has no leading space, so it would run into the prompt's last "
                 f"word; ' {answer}' is what most models write here",
