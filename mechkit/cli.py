@@ -70,6 +70,7 @@ def _discover(options: argparse.Namespace) -> int:
     if options.n < 2:
         raise OptionError(f"--n {options.n}", expected="at least 2 prompts, so that both halves have one")
     _require_writable(options.out)
+    print(f"mechkit {__version__}: {options.task} in {options.model}, {options.n} prompts", file=sys.stderr)
     from .circuits.discover import discover
     from .sources import load
     from .tasks import ioi
