@@ -188,3 +188,29 @@ def test_a_metric_that_sees_no_difference_is_refused():
 def test_a_metric_that_is_not_one_finite_number_a_prompt_is_refused(metric, names):
     with pytest.raises(MetricError, match=names):
         mk.patch(tiny("gpt2"), tiny_task().with_metric(metric), progress=False)
+
+
+@pytest.mark.parametrize("fault", ["other numbers", "no such call"])
+def test_a_family_whose_blocks_cannot_be_run_one_by_one_is_refused(monkeypatch, fault):
+    from mechkit.backends.replay import LensReplay
+
+    own = LensReplay._block
+
+    def broken(self, layer, resid, rows):
+        if fault == "no such call":
+            raise TypeError("forward() got an unexpected argument")
+        return own(self, layer, resid, rows) * 1.5 + 0.1
+
+    monkeypatch.setattr(LensReplay, "_block", broken)
+    model = mk.load((plain("llama", seed=1), None), device="cpu")
+    with pytest.raises(UnsupportedError, match="one by one"):
+        mk.patch(model, tiny_task(), progress=False)
+    circuit = mk.Circuit(tuple(model.heads("0.1")), mk.Scores(_no_scores(), "", {}))
+    with pytest.raises(UnsupportedError, match="one by one"):
+        circuit.evaluate(model, tiny_task(), progress=False)
+
+
+def _no_scores():
+    import pandas as pd
+
+    return pd.DataFrame({"site": ["0.1"], "score": [1.0]})

@@ -23,7 +23,7 @@ from ..sites import Site
 from .change import changed
 from .keep_only import keep_only
 from .protocol import Forward, Keep, ModelInfo, Read
-from .replay import LensReplay
+from .replay import TOLERANCE, LensReplay
 
 _HOOKS = {
     "z": "blocks.{}.attn.hook_z",
@@ -37,7 +37,6 @@ _HOOKS = {
     "embed": "hook_embed",
 }
 _HEADED = ("z", "q", "k", "v")
-_SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
 class LensBackend:
@@ -68,6 +67,7 @@ class LensBackend:
         )
         self._points = bridge.hook_dict
         self._readout_checked = False
+        self._replayed: set[tuple[int, ...]] = set()  # shapes of base runs that passed their check
 
     def point(self, kind: str, layer: int) -> Any:
         """The TransformerLens hook point of a kind of site in a layer."""
@@ -171,11 +171,16 @@ class LensBackend:
     def start(self, tokens: Tensor, first: int, record: Sequence[tuple[str, int]] = ()) -> LensReplay:
         """A base run to begin variants from; see ``Backend.start``."""
         self._check_readout()
-        return LensReplay(self, tokens.to(self.info.device), first, record)
+        replay = LensReplay(self, tokens.to(self.info.device), first, record)
+        replay.check()
+        self._replayed.add((*tokens.shape, first))
+        return replay
 
     def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
         """Runs in which only some heads are left in; see ``Backend.keep_only``."""
         self._check_readout()
+        if (*tokens.shape, 0) not in self._replayed:
+            self.start(tokens, 0)
         return keep_only(self, tokens.to(self.info.device), keep, read)
 
     def body(self, tokens: Tensor, **options: Any) -> Any:
@@ -213,7 +218,7 @@ class LensBackend:
             tokens = torch.arange(1, min(6, self.info.d_vocab), device=self.info.device)[None]
             own = self.hf(input_ids=tokens, use_cache=False).logits[:, -1]
             ours = self.readout(self.body(tokens, use_cache=False).last_hidden_state[:, -1], None)
-        tolerance = _SELF_CHECK_TOLERANCE.get(own.dtype, 1e-4) * max(1.0, float(own.abs().max()))
+        tolerance = TOLERANCE.get(own.dtype, 1e-4) * max(1.0, float(own.abs().max()))
         if float((own - ours).abs().max()) > tolerance:
             raise UnsupportedError(
                 f"{self.info.family} does something to its logits that mechkit does not know",

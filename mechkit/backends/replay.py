@@ -9,6 +9,8 @@
 4. Variants of all layers make one sweep through the blocks: those of block ``l`` join the batch there, so each
    block is called once, on everything that began before it.
 5. Each block sees the prefix's keys and values through a cache that hands out rows and keeps nothing.
+6. Before a base run is used, two of its prompts go through the blocks in this way with nothing changed. What comes
+   out must be the base run's own; a family for which it is not is refused, not guessed at.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .change import Change
 from .protocol import Read, Write
 
 if TYPE_CHECKING:
     from .lens import LensBackend
+
+
+# How far two ways of computing the same may be apart, relative to the largest value.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
 class _PrefixCache:
@@ -75,8 +82,35 @@ class LensReplay:
                 backend.hooks(backend.record_into(self._store, [*record, last])),
                 self._noting(),
             ):
-                backend.body(tokens[:, first:], **options)
+                self._hidden: Tensor = backend.body(tokens[:, first:], **options).last_hidden_state
             self._residuals.append(self._store[last])
+
+    def check(self) -> None:
+        """Compare two replayed prompts with the base run.
+
+        Raises:
+            UnsupportedError: they differ, or the blocks cannot be called in this way.
+        """
+        info = self.backend.info
+        rows = torch.tensor([self.batch - 1, 0], device=self._hidden.device)
+        own = self._hidden[rows]
+        try:
+            with torch.inference_mode():
+                resid = self._resid(0)[rows]
+                for layer in range(info.n_layers):
+                    resid = self._block(layer, resid, rows)
+                off = float((self.backend.bridge.ln_final(resid) - own).abs().max())
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UnsupportedError(
+                f"The blocks of {info.name} ({info.family}) cannot be run one by one: {error}",
+                fix="Patch one site at a time with model.run(..., edits=[mk.patch_in(...)])",
+            ) from error
+        if not off <= TOLERANCE.get(own.dtype, 1e-4) * max(1.0, float(own.abs().max())):
+            raise UnsupportedError(
+                f"The blocks of {info.name} ({info.family}), run one by one, give another result than the model "
+                f"(off by {off:.2g})",
+                fix="Patch one site at a time with model.run(..., edits=[mk.patch_in(...)])",
+            )
 
     def recorded(self, kind: str, layer: int) -> Tensor:
         """The base run's values at the replayed positions."""
