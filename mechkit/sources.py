@@ -153,10 +153,11 @@ def _bridged(model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Mo
 
         try:
             model.eval().set_attn_implementation("eager")  # the only one that hands out patterns
-            architecture = determine_architecture_from_hf_config(model.config)
-            bridge = lens.build_bridge_from_module(
-                model, architecture, hf_config=copy.deepcopy(model.config), model_name=name
-            )
+            config = copy.deepcopy(model.config)
+            # A model made from a config, and not loaded, has not been told its own class.
+            config.architectures = config.architectures or [type(model).__name__]
+            architecture = determine_architecture_from_hf_config(config)
+            bridge = lens.build_bridge_from_module(model, architecture, hf_config=config, model_name=name)
         except (ValueError, NotImplementedError, AttributeError) as error:
             raise UnsupportedError(
                 f"TransformerLens cannot serve {name} ({type(model).__name__}): {_first_line(error)}",

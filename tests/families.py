@@ -40,10 +40,11 @@ def _configs() -> dict[str, Any]:
         "qwen2": t.Qwen2Config(**_ROPE),
         "qwen3": t.Qwen3Config(**_ROPE, head_dim=16),
         "gemma": t.GemmaConfig(**_ROPE, head_dim=16),
+        "granite": t.GraniteConfig(**_ROPE, logits_scaling=2.0, residual_multiplier=0.5),
     }
 
 
-FAMILIES = ("gpt2", "neox", "llama", "mistral", "qwen2", "qwen3", "gemma")
+FAMILIES = ("gpt2", "neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "granite")
 
 
 def plain(family: str, seed: int = 0) -> torch.nn.Module:
