@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .circuits.circuit import Circuit
     from .circuits.discover import discover
     from .circuits.evaluate import Evaluation
-    from .edits import ablate, patch_in, scale, steer
+    from .edits import ablate, attend, patch_in, scale, steer
     from .errors import MechkitError, MechkitWarning
     from .model import Model
     from .patching.activation import patch
@@ -35,6 +35,7 @@ _HOMES = {
     "discover": "circuits.discover",
     "Evaluation": "circuits.evaluate",
     "ablate": "edits",
+    "attend": "edits",
     "patch_in": "edits",
     "scale": "edits",
     "steer": "edits",
@@ -64,6 +65,7 @@ __all__ = [
     "Task",
     "__version__",
     "ablate",
+    "attend",
     "discover",
     "heads",
     "load",

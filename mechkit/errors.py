@@ -6,6 +6,8 @@ also is the standard library's nearest kind, so that ``except ValueError`` goes 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MechkitWarning(UserWarning):
     """Something looks like a slip but may be meant."""
@@ -52,6 +54,22 @@ class OptionError(MechkitError, ValueError):
 
 class UnsupportedError(MechkitError, NotImplementedError):
     """Something this model or backend cannot do."""
+
+
+class CapacityError(MechkitError, MemoryError):
+    """Something that does not fit in memory, not even by itself."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Long work that was stopped; what was done is kept.
+
+    Attributes:
+        scores: what was finished, as a ``Scores``; None where nothing was.
+    """
+
+    def __init__(self, message: str, scores: Any = None):
+        super().__init__(message)
+        self.scores = scores
 
 
 class LoadError(MechkitError, OSError):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .backends.protocol import Backend, ModelInfo, Read
-from .edits import Ablate, Edit
-from .errors import PromptError, SiteError, UnsupportedError
+from .edits import Ablate, Edit, PatchIn, at_masks
+from .errors import EditError, MechkitWarning, PromptError, SiteError, UnsupportedError
+from .prompts import as_batch
 from .sites import HeadSet, Site, SitesLike, site, sites
 from .tasks.task import Task
-from .tasks.text import pad_right
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,11 +171,11 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, with nothing put before it."""
-        return self._need_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        return self.need_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
     def to_text(self, ids: int | Sequence[int] | Tensor) -> str:
         """The text of one id or several."""
-        return self._need_tokenizer().decode(ids, clean_up_tokenization_spaces=False)
+        return self.need_tokenizer().decode(ids, clean_up_tokenization_spaces=False)
 
     def tokens(self, prompts: str | Sequence[str] | Tensor | Task) -> Tensor:
         """Token ids ``[batch, pos]``, padded at the right.
@@ -184,44 +185,7 @@ class Model:
         Raises:
             PromptError: an empty prompt, one longer than the model's context, or neither text nor ids.
         """
-        return self._batch(prompts)[0]
-
-    def _batch(self, prompts: str | Sequence[str] | Tensor | Task) -> tuple[Tensor, Tensor]:
-        if isinstance(prompts, Task):
-            ids, lengths = prompts.clean, prompts.lengths
-        elif isinstance(prompts, Tensor):
-            ids = prompts if prompts.ndim == 2 else prompts[None]
-            if (
-                prompts.ndim not in (1, 2)
-                or prompts.is_floating_point()
-                or prompts.dtype == torch.bool
-                or not prompts.numel()
-            ):
-                raise PromptError(f"{prompts.dtype} of shape {list(prompts.shape)}", expected="ids [batch, pos]")
-            if int(ids.min()) < 0 or int(ids.max()) >= self.info.d_vocab:
-                raise PromptError(
-                    f"Token ids from {int(ids.min())} to {int(ids.max())}",
-                    expected=f"0 to {self.info.d_vocab - 1}",
-                )
-            lengths = torch.full((len(ids),), ids.shape[1])
-        else:
-            texts = [prompts] if isinstance(prompts, str) else prompts
-            if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
-                raise PromptError(f"{prompts!r} is no prompt", expected="text, a list of texts, or token ids")
-            if "" in texts:
-                raise PromptError("An empty prompt", expected="text of at least one token")
-            bos = getattr(self._need_tokenizer(), "bos_token_id", None)
-            rows = [self.encode(text) for text in texts]
-            rows = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
-            if not all(rows):
-                raise PromptError("An empty prompt: it has no token", expected="text of at least one token")
-            ids, lengths = pad_right(rows, self.pad_token)
-        if ids.shape[1] > self.info.n_ctx:
-            raise PromptError(
-                f"A prompt of {ids.shape[1]} tokens",
-                expected=f"at most {self.info.n_ctx}, the context of {self.name}",
-            )
-        return ids, lengths
+        return as_batch(self, prompts)[0]
 
     # -- runs -------------------------------------------------------------------------------------------------
 
@@ -241,20 +205,82 @@ class Model:
         Raises:
             PromptError, SiteError, EditError: see each kind.
         """
-        tokens, lengths = self._batch(prompts)
+        tokens, lengths = as_batch(self, prompts)
         task = prompts if isinstance(prompts, Task) else None
-        done = self.backend.forward(tokens, self.resolved(edits, task), sites(record))
+        done = self.backend.forward(tokens, self.resolved(edits, task), sites(record), lengths=lengths)
         return Run(self, done.logits, tokens, lengths, done.recorded)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Tensor | Task,
+        max_new_tokens: int = 20,
+        edits: Sequence[Edit] = (),
+        **options: Any,
+    ) -> Any:
+        """Continue prompts, the likeliest token each time, with edits active at every step.
+
+        Every new token is the one that a run of the whole text so far, with these edits, gives; positions of an edit
+        count from the beginning of the text, or from its end so far.
+
+        Args:
+            prompts: text, texts, ids ``[batch, pos]`` of one length, or a task (its clean prompts).
+            max_new_tokens: how many tokens at most; a text ends early at the model's end-of-text token.
+            edits: changes to make, in this order.
+            options: of the Hub's ``generate``, such as ``do_sample=True, temperature=0.7``.
+
+        Returns:
+            What was given, continued: text for text, a list for a list (or a task), ids
+            ``[batch, pos + new]`` for ids, filled with the padding token after a text's end.
+
+        Raises:
+            PromptError, SiteError, EditError: see each kind.
+            OptionError: fewer than one new token, or an option that the Hub's ``generate`` does not know.
+        """
+        from .generate import continued
+
+        return continued(self, prompts, max_new_tokens, edits, options)
 
     def read(self, tokens: Tensor, positions: Tensor, columns: Tensor | None, edits: Sequence[Edit] = ()) -> Tensor:
         """Only the logits at one position a prompt: ``[batch, k]`` for ``columns [batch, k]``, else all."""
         return self.backend.forward(tokens, edits, read=Read(positions, columns)).logits
 
     def resolved(self, edits: Sequence[Edit], task: Task | None) -> list[Edit]:
-        """The same edits, with means and resampled values taken from their references."""
+        """The same edits, with spans looked up in the task, and means and resampled values in their references.
+
+        Raises:
+            EditError: something that is no edit, or a span where there is no task.
+        """
         from .references import with_values
 
-        return [with_values(self, edit, task) if isinstance(edit, Ablate) else edit for edit in edits]
+        if isinstance(edits, Edit):
+            edits = [edits]
+        done = []
+        for edit in edits:
+            if not isinstance(edit, Edit):
+                raise EditError(f"{edit!r} is no edit", expected="what mk.ablate, mk.scale and their like make")
+            edit = at_masks(self._of_groups(edit), partial(_span_mask, task))
+            done.append(with_values(self, edit, task) if isinstance(edit, Ablate) else edit)
+        return done
+
+    def _of_groups(self, edit: Edit) -> Edit:
+        """The edit with a query head's key or value read as that of the group it shares, which is said."""
+        own = {site: self.info.shared(self.info.check(site)) for site in edit.sites}
+        shared = {site: group for site, group in own.items() if site != group}
+        if not shared:
+            return edit
+        warnings.warn(
+            f"Heads of {self.name} share their keys and values: editing "
+            + ", ".join(f'"{site}" edits "{group}"' for site, group in shared.items()),
+            MechkitWarning,
+            stacklevel=4,
+        )
+        edit = replace(edit, sites=tuple(dict.fromkeys(own.values())))
+        if not isinstance(edit, PatchIn):
+            return edit
+        values = {own[site]: value for site, value in edit.values.items()}
+        if any(values[own[site]] is not value for site, value in edit.values.items()):
+            raise EditError("Several values for heads that share one key or value", expected="one value a group")
+        return replace(edit, values=values)
 
     def __repr__(self) -> str:
         i = self.info
@@ -264,7 +290,12 @@ class Model:
             f"{i.dtype} on {i.device})"
         )
 
-    def _need_tokenizer(self) -> Any:
+    def need_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            PromptError: the model was loaded without one.
+        """
         if self.tokenizer is None:
             raise PromptError(
                 f"{self.name} was loaded without a tokenizer",
@@ -276,3 +307,12 @@ class Model:
         if not hasattr(self.backend, what):
             raise UnsupportedError(f"{type(self.backend).__name__} has no {what} underneath")
         return getattr(self.backend, what)
+
+
+def _span_mask(task: Task | None, name: str) -> Tensor:
+    """Where a span stands ``[n, pos]``, boolean."""
+    if task is None:
+        raise EditError(f'The span "{name}" in a run of free prompts', fix="Run a task, or give positions as numbers")
+    first, last = task.span(name).T[..., None]
+    positions = torch.arange(task.clean.shape[1])
+    return (positions >= first) & (positions < last)

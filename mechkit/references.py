@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .backends.change import Window
 from .backends.protocol import Read
 from .edits import Ablate, Edit, PatchIn
 from .errors import EditError
@@ -89,7 +90,7 @@ def with_values(model: Model, edit: Ablate, task: Task | None) -> Edit:
     Raises:
         EditError: means of patterns asked for a free prompt, or a resample of another number of rows.
     """
-    if edit.mode == "zero" or edit.reference is None:
+    if edit.mode in ("zero", "uniform") or edit.reference is None:
         return edit
     sites = list(edit.sites)
     for one in sites:
@@ -107,17 +108,19 @@ def with_values(model: Model, edit: Ablate, task: Task | None) -> Edit:
             source = {key: _over_everything(key, means) for key in means.values}
         else:
             source = {key: means.rows(key, task) for key in means.values}
-    return PatchIn(edit.sites, edit.positions, {one: _of(source, one, edit, model) for one in sites})
+    return PatchIn(edit.sites, edit.positions, {one: _of(source, one, edit, model, task) for one in sites})
 
 
-def _of(source: dict[tuple[str, int], Tensor], site: Site, edit: Ablate, model: Model) -> Tensor:
+def _of(source: dict[tuple[str, int], Tensor], site: Site, edit: Ablate, model: Model, task: Task | None) -> Tensor:
     tensor = source[site.kind, site.layer]
     if site.head is not None:
         slot = model.info.slot(site)
         tensor = tensor[:, slot] if site.kind in ("pattern", "scores") else tensor[..., slot, :]
-    if edit.positions is None or tensor.ndim < 3:
-        return tensor
-    return tensor[:, torch.tensor(edit.positions, device=tensor.device)]
+    if not isinstance(edit.positions, tuple) or tensor.ndim < 3:
+        return tensor  # a mask picks from values at every position
+    lengths = task.lengths if task is not None else torch.full((len(tensor),), tensor.shape[1])
+    rows, _ = Window(lengths, growing=True).rows(edit.positions, tensor.shape[1], f'"{site}"')
+    return tensor[torch.arange(len(tensor))[:, None].to(tensor.device), rows.to(tensor.device)]
 
 
 def _over_everything(key: tuple[str, int], means: TemplateMeans) -> Tensor:

@@ -8,6 +8,7 @@ How a site is written (layers and heads count from 0):
     "9.9.pattern"            attention after the softmax                                [batch, query, key]
     "9.9.scores"             attention before the softmax                               [batch, query, key]
     "9.9.result"             what the head writes to the residual stream, z W_O         [batch, pos, d_model]
+                             (a norm after attention, as in Gemma 2, sees the sum of these)
     "m10"                    output of the MLP of layer 10                              [batch, pos, d_model]
     "resid.4"                residual stream entering block 4; resid.<n_layers> leaves the last block
     "embed"                  token embedding                                            [batch, pos, d_model]

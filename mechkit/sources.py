@@ -168,7 +168,19 @@ def _bridged(model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Mo
             bridge.tokenizer = tokenizer
             flags = lens.detect_tokenizer_bos_eos(tokenizer)
             bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = flags
+    _keep_half_precision(bridge)
     return Model(LensBackend(bridge, name), tokenizer, found)
+
+
+def _keep_half_precision(bridge: Any) -> None:
+    """Make rotated queries and keys as wide as they were before, as the Hub's own are.
+
+    Some families rotate by float32 angles (OLMo 2); TransformerLens then hands float32 to values in half precision.
+    """
+    for block in bridge.blocks:
+        for name in ("hook_rot_q", "hook_rot_k"):
+            if (point := getattr(block.attn, name, None)) is not None:
+                point.register_forward_hook(lambda _, __, out: out.to(bridge.cfg.dtype))
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ def _circuit(model: mk.Model, nodes: str, task: mk.Task) -> mk.Circuit:
 @torch.no_grad()
 def test_keeping_some_heads_equals_one_hooked_forward_a_set(family, ablation):
     model, hf, task = tiny(family), plain(family), tiny_task(n=5)
-    z = [literal.z_of(hf, task.corrupt, layer, model.d_head) for layer in range(model.n_layers)]
+    z = [literal.value_of(hf, task.corrupt, "z", layer) for layer in range(model.n_layers)]
     values = {
         "mean": lambda: [one.mean(0, keepdim=True) for one in z],
         "zero": lambda: [torch.zeros_like(one) for one in z],
@@ -36,7 +36,7 @@ def test_keeping_some_heads_equals_one_hooked_forward_a_set(family, ablation):
     kept = Keeper(model, task, ablation, task).metric([HeadSet(text, model.n_heads) for text in sets])
     for text, row in zip(sets, kept, strict=True):
         heads = {(head.layer, head.head) for head in HeadSet(text)}
-        logits = literal.keep_only(hf, task.clean, heads, values, model.d_head)
+        logits = literal.keep_only(hf, task.clean, heads, values)
         np.testing.assert_allclose(row, mk.metrics.logit_diff(logits, task), atol=1e-4)
 
 

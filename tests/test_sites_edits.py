@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, plain, tiny, tiny_task
+from families import FAMILIES, tiny, tiny_task, untouched
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import patching as literal
 
 import mechkit as mk
-from mechkit.errors import EditError, OptionError, SiteError
+from mechkit.errors import EditError, MechkitWarning, OptionError, SiteError
 from mechkit.sites import GROUP_KINDS, HEAD_KINDS, HeadSet, Site, site, sites
 
 numbers = st.integers(0, 200)
@@ -81,36 +81,16 @@ def test_a_set_of_unknown_width_cannot_be_drawn_like():
         mk.heads("0.0.q")
 
 
-NEUTRAL_SITES = "0.1 1.0.q 1.2.pattern 1.0.scores m1 resid.2 embed"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_neutral_edits_change_nothing(family):
-    model, tokens = tiny(family), tiny_task().clean
-    keys = "1.kv1.k 2.kv0.v" if model.info.grouped else "1.1.k 2.0.v"
-    where = f"{NEUTRAL_SITES} {keys}"
-    plain_run = model.run(tokens, record=where)
-    own = {one: plain_run[one] for one in sites(where)}
-    narrow = "0.1 m1 resid.2 embed"
-    edits = [
-        mk.scale(where, 1.0),
-        mk.patch_in(where, own),
-        *(mk.steer(one, torch.randn(own[one].shape[-1]), 0.0) for one in sites(narrow)),
-    ]
-    for edit in edits:
-        torch.testing.assert_close(model.run(tokens, edits=[edit]).logits, plain_run.logits, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_ablating_a_head_is_zeroing_its_z(family):
-    model, hf, tokens = tiny(family), plain(family), tiny_task().clean
+def test_ablating_a_head_at_some_positions_is_zeroing_its_z_there(family):
+    model, tokens = tiny(family), tiny_task().clean
 
     def zeroed(z: torch.Tensor) -> torch.Tensor:
         z[:, [2, -1], 1] = 0
         return z
 
-    expected = literal.run_with_z(hf, tokens, {1: zeroed}, model.d_head)
+    expected = literal.run_changed(untouched(family), tokens, {("z", 1): zeroed})
     got = model.run(tokens, edits=[mk.ablate("1.1", positions=[2, -1])]).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
@@ -148,7 +128,6 @@ def test_mean_and_resample_take_their_values_from_the_corrupt_prompts():
     [
         (lambda: mk.ablate("7.0"), SiteError, "7.0"),
         (lambda: mk.ablate("0.5"), SiteError, "0.5"),
-        (lambda: mk.scale("0.1.k", 2), SiteError, "0.kv0.k"),
         (lambda: mk.scale("0.kv2.k", 2), SiteError, "2 key/value groups"),
         (lambda: mk.scale("0.1", 2, positions=[40]), EditError, "40"),
         (lambda: mk.patch_in("0.1", torch.zeros(3)), EditError, r"\[3\]"),
@@ -170,3 +149,54 @@ def test_an_edit_that_cannot_be_made_says_why(edit, error, names):
 def test_asking_for_what_was_not_recorded_says_how_to_record_it():
     with pytest.raises(SiteError, match=r'record=\["1.1"\]'):
         tiny("llama").run(tiny_task().clean)["1.1"]
+
+
+def test_a_query_heads_key_is_that_of_its_group_and_this_is_said():
+    model, tokens = tiny("llama"), tiny_task().clean
+    with pytest.warns(MechkitWarning, match=r'"0.1.k" edits "0.kv0.k"'):
+        asked = model.run(tokens, edits=[mk.scale("0.0.k 0.1.k", 2)]).logits
+    assert torch.equal(asked, model.run(tokens, edits=[mk.scale("0.kv0.k", 2)]).logits)
+    with pytest.warns(MechkitWarning), pytest.raises(EditError, match="Several values"):
+        model.run(tokens, edits=[mk.patch_in("0.0.k 0.1.k", {"0.0.k": torch.ones(8), "0.1.k": torch.zeros(8)})])
+
+
+def test_positions_from_the_end_are_each_prompts_own():
+    model = tiny("llama")
+    short, long = tiny_task(n=1, length=6).clean, tiny_task(n=1, length=9, seed=1).clean
+    task = mk.Task.join([tiny_task(n=1, length=6), tiny_task(n=1, length=9, seed=1)])
+    together = model.run(task, edits=[mk.ablate("1.1", positions=-1)]).logits
+    spanned = model.run(task, edits=[mk.ablate("1.1", positions="END")]).logits
+    for row, tokens in enumerate((short, long)):
+        alone = model.run(tokens, edits=[mk.ablate("1.1", positions=-1)]).logits
+        torch.testing.assert_close(together[row : row + 1, : tokens.shape[1]], alone, atol=1e-5, rtol=0)
+    assert torch.equal(together, spanned)
+
+
+def test_means_at_a_span_are_those_of_the_span():
+    model, task = tiny("llama"), tiny_task(n=4)
+    corrupt = model.run(task.corrupt, record="1.1")["1.1"]
+    for positions in ("END", -1, [8]):
+        edit = mk.ablate("1.1", "mean", reference=task, positions=positions)
+        value = model.run(task, record="1.1", edits=[edit])["1.1"]
+        torch.testing.assert_close(value[:, -1], corrupt[:, -1].mean(0).expand(4, -1))
+        torch.testing.assert_close(value[:, :-1], model.run(task, record="1.1")["1.1"][:, :-1])
+
+
+def test_hidden_keys_stay_hidden_whatever_is_done_to_the_scores():
+    model, tokens = tiny("mistral"), tiny_task().clean
+    hidden = model.run(tokens, record="1.1.scores")["1.1.scores"] < -1e30
+    for edit in (mk.scale("1.1.scores", 0.0), mk.ablate("1.1.scores"), mk.scale("1.1.scores", -1.0)):
+        pattern = model.run(tokens, record="1.1.pattern", edits=[edit])["1.1.pattern"]
+        assert not pattern[hidden].any()
+
+
+def test_attention_edits_compose_in_the_order_given():
+    model, tokens = tiny("llama"), tiny_task().clean
+    mask, even = mk.attend("1.1", mask=[0]), mk.ablate("1.1", "uniform")
+    pattern = model.run(tokens, record="1.1.pattern", edits=[mask, even])["1.1.pattern"]
+    assert not pattern[:, :, 0].any()
+    torch.testing.assert_close(pattern[0, 3], torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0, 0]))
+    torch.testing.assert_close(
+        model.run(tokens, record="1.1.pattern", edits=[even, mk.scale("1.1.pattern", 0.5)])["1.1.pattern"][0, 0, 0],
+        torch.tensor(0.5),
+    )

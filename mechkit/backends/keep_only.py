@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from .change import Change
+from .memory import in_batches
 from .protocol import Keep, Read
 from .replay import LensReplay
 
 if TYPE_CHECKING:
     from .lens import LensBackend
 
-# Tokens on the batch axis at once; see the sweep engine.
-TOKENS_AT_ONCE = 4096
 
-
-def keep_only(backend: LensBackend, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
-    """Logits ``[sets, batch, k]``; see ``protocol.Backend.keep_only``."""
+def keep_only(backend: LensBackend, tokens: Tensor, keep: Keep, read: Read, rows: int) -> Tensor:
+    """Logits ``[sets, batch, k]``, ``rows`` prompts at once; see ``protocol.Backend.keep_only``."""
     layers, batch = backend.info.n_layers, len(tokens)
     values = [value.to(tokens.device) for value in keep.values]
     kept = keep.kept.to(tokens.device)
@@ -36,14 +34,15 @@ def keep_only(backend: LensBackend, tokens: Tensor, keep: Keep, read: Read) -> T
     any_head = kept.any(-1)
     begins = torch.where(any_head.any(-1), any_head.int().argmax(-1), layers)  # first layer with a kept head
     results: list[Tensor | None] = [None] * len(kept)
-    for sets in begins.argsort(descending=True).split(max(1, TOKENS_AT_ONCE // tokens.numel())):
+
+    def run(sets: Tensor) -> Tensor:
         start = int(begins[sets].min())
-        rows = torch.arange(batch, device=tokens.device).repeat(len(sets))
+        prompts = torch.arange(batch, device=tokens.device).repeat(len(sets))
         mine = kept[sets].repeat_interleave(batch, 0)  # [rows, layers, heads]
 
-        def mixed(layer: int, rows: Tensor = rows, mine: Tensor = mine) -> Change:
+        def mixed(layer: int) -> Change:
             def change(z: Tensor) -> Tensor:
-                other = values[layer].to(z).expand(batch, *z.shape[1:])[rows]
+                other = values[layer].to(z).expand(batch, *z.shape[1:])[prompts]
                 return torch.where(mine[:, layer][:, None, :, None], z, other)
 
             return change
@@ -51,7 +50,9 @@ def keep_only(backend: LensBackend, tokens: Tensor, keep: Keep, read: Read) -> T
         positions = read.positions.repeat(len(sets))
         columns = None if read.columns is None else read.columns.repeat(len(sets), 1)
         changes = {("z", layer): mixed(layer) for layer in range(start, layers)}
-        logits = base.vary(start, rows, changes, Read(positions, columns))
+        return base.vary(start, prompts, changes, Read(positions, columns))
+
+    for sets, logits, _ in in_batches(begins.argsort(descending=True), max(1, rows // batch), run):
         for one, block in zip(sets.tolist(), logits.split(batch), strict=True):
             results[one] = block
     return torch.stack([block for block in results if block is not None])

@@ -1,42 +1,31 @@
 """The local backend: TransformerLens' bridge over the Hub's own modules.
 
-1. A site is one of TransformerLens' hook points; the table below is all there is to know of names.
-2. ``forward`` hangs one function on each hook point that an edit or a recording needs, runs the model, and takes
+1. ``forward`` hangs one function on each hook point that an edit or a recording needs, runs the model, and takes
    the functions off again, whatever happens.
-3. With ``read``, the body runs without the unembedding, and only the wanted columns are multiplied. That this
-   equals the model's own logits is checked once a model, since families scale or cap logits after that product.
+2. With ``read``, the body runs without the unembedding, and only the wanted columns are multiplied.
+3. ``generate`` is the Hub's own, with the functions hung up; before each of its steps they are told which positions
+   it computes. Edits that a longer prompt would carry out otherwise than a shorter one run without a cache.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..edits import Edit
-from ..errors import EditError, UnsupportedError
+from ..errors import EditError
 from ..sites import Site
-from .change import changed
+from .change import Key, Window, changed, in_order
+from .hooks import Function, Hooks
 from .keep_only import keep_only
+from .memory import rows_at_once
 from .protocol import Forward, Keep, ModelInfo, Read
-from .replay import TOLERANCE, LensReplay
-
-_HOOKS = {
-    "z": "blocks.{}.attn.hook_z",
-    "q": "blocks.{}.attn.hook_q",
-    "k": "blocks.{}.attn.hook_k",
-    "v": "blocks.{}.attn.hook_v",
-    "pattern": "blocks.{}.attn.hook_pattern",
-    "scores": "blocks.{}.attn.hook_attn_scores",
-    "mlp": "blocks.{}.hook_mlp_out",
-    "resid": "blocks.{}.hook_resid_pre",
-    "embed": "hook_embed",
-}
-_HEADED = ("z", "q", "k", "v")
+from .readout import Readout
+from .replay import LensReplay
 
 
 class LensBackend:
@@ -65,63 +54,13 @@ class LensBackend:
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
         )
-        self._points = bridge.hook_dict
-        self._readout_checked = False
-        self._replayed: set[tuple[int, ...]] = set()  # shapes of base runs that passed their check
+        self.sites = Hooks(bridge, self.info)
+        self.readout = Readout(self.hf, self.info)
+        self._row_bytes: dict[tuple[int, ...], int] = {}  # by shape of a base run that passed its check
 
-    def point(self, kind: str, layer: int) -> Any:
-        """The TransformerLens hook point of a kind of site in a layer."""
-        if kind == "resid" and layer == self.info.n_layers:
-            name = f"blocks.{layer - 1}.hook_resid_post"
-        else:
-            name = _HOOKS[kind].format(layer)
-        if name not in self._points:
-            raise UnsupportedError(
-                f"{self.info.name} ({self.info.family}) has no site of kind {kind!r} in layer {layer}",
-                expected=f"a model that TransformerLens serves at {name}",
-            )
-        return self._points[name]
-
-    def heads_apart(self, kind: str, tensor: Tensor) -> Tensor:
-        """``[batch, pos, heads * d_head]`` to ``[batch, pos, heads, d_head]``, where it is not so already."""
-        return tensor.unflatten(-1, (-1, self.info.d_head)) if kind in _HEADED and tensor.ndim == 3 else tensor
-
-    @contextmanager
-    def hooks(self, functions: Mapping[tuple[str, int], Callable[[Tensor], Tensor | None]]) -> Iterator[set]:
-        """Hang functions on hook points for the length of a ``with``; gives the set of those that ran."""
-        fired: set[tuple[str, int]] = set()
-        handles = []
-
-        def listen(key: tuple[str, int], function: Callable[[Tensor], Tensor | None]) -> Callable:
-            def run(tensor: Tensor, hook: Any) -> Tensor | None:
-                fired.add(key)
-                result = function(self.heads_apart(key[0], tensor))
-                return None if result is None else result.reshape(tensor.shape)
-
-            return run
-
-        try:
-            for key, function in functions.items():
-                point = self.point(*key)
-                handles.append((point, point.add_hook(listen(key, function))))
-            yield fired
-        finally:
-            for point, handle in handles:
-                handle.hook.remove()
-                point.fwd_hooks.remove(handle)
-
-    def record_into(
-        self, store: dict, keys: Sequence[tuple[str, int]]
-    ) -> dict[tuple[str, int], Callable[[Tensor], None]]:
-        """Functions for ``hooks`` that copy what passes into ``store``."""
-
-        def keep(key: tuple[str, int]) -> Callable[[Tensor], None]:
-            def function(tensor: Tensor) -> None:
-                store[key] = tensor.clone()  # families add to their outputs in place
-
-            return function
-
-        return {key: keep(key) for key in keys}
+    def hooks(self, functions: Mapping[Key, Function]) -> AbstractContextManager[set[Key]]:
+        """Hang functions on sites for the length of a ``with``; gives the set of the keys whose functions ran."""
+        return self.sites.hung(functions)
 
     @torch.inference_mode()
     def forward(
@@ -130,6 +69,7 @@ class LensBackend:
         edits: Sequence[Edit] = (),
         record: Sequence[Site] = (),
         read: Read | None = None,
+        lengths: Tensor | None = None,
     ) -> Forward:
         """One run; see ``Backend.forward``.
 
@@ -138,100 +78,118 @@ class LensBackend:
             EditError: an edit whose site did not run, or whose values do not fit.
         """
         tokens = tokens.to(self.info.device)
-        steps: dict[tuple[str, int], list[Callable[[Tensor], Tensor]]] = defaultdict(list)
-        for edit in edits:
-            for key, function in changed(edit, self.info).items():
-                steps[key].append(function)
-        store: dict[tuple[str, int], Tensor] = {}
+        window = Window(torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths)
+        functions: dict[Key, Function] = dict(self._functions(edits, window))
+        edited = set(functions)
+        store: dict[Key, Tensor] = {}
         keys = [_key(self.info.check(site)) for site in record if site.kind != "logits"]
-        keeps = self.record_into(store, list(dict.fromkeys(keys)))
-
-        def combined(key: tuple[str, int]) -> Callable[[Tensor], Tensor | None]:
-            def function(tensor: Tensor) -> Tensor | None:
-                edited = tensor.clone() if steps.get(key) else tensor
-                for step in steps.get(key, ()):
-                    edited = step(edited)
-                if key in keeps:
-                    keeps[key](edited)
-                return edited if key in steps else None
-
-            return function
-
-        with self.hooks({key: combined(key) for key in {**steps, **keeps}}) as fired:
+        for key, keep in self.sites.recording(store, list(dict.fromkeys(keys))).items():
+            functions[key] = _then(functions.get(key), keep)
+        with self.hooks(functions) as fired:
             logits = self._logits(tokens, read)
-        if silent := set(steps) - fired:
-            kind, layer = sorted(silent)[0]
-            raise EditError(
-                f"An edit of {kind} in layer {layer} never ran on {self.info.name}",
-                fix="This family computes that site elsewhere; edit another one",
-            )
+        self._check_fired(edited, fired)
         self._add_results(store, record)
         return Forward(logits, store)
 
+    @torch.inference_mode()
+    def generate(self, tokens: Tensor, edits: Sequence[Edit], options: Mapping[str, Any]) -> Tensor:
+        """Prompts continued; see ``Backend.generate``.
+
+        Raises:
+            SiteError, EditError: as in ``forward``; an edit of a position that was never reached, as well.
+        """
+        from transformers import DynamicCache
+
+        tokens = tokens.to(self.info.device)
+        window = Window(torch.full((len(tokens),), tokens.shape[1]), growing=True)
+        functions = self._functions(edits, window)
+        cached = all(edit.grows for edit in edits)
+        # The Hub's default cache drops what a sliding window hides; patterns then have fewer keys than positions.
+        cache = {"past_key_values": DynamicCache()} if cached else {"use_cache": False}
+
+        def look(_: Any, __: tuple, kwargs: dict[str, Any]) -> None:
+            past = kwargs.get("past_key_values")
+            window.first = past.get_seq_length() if cached and past is not None else 0
+            window.lengths = torch.full((len(kwargs["input_ids"]),), window.first + kwargs["input_ids"].shape[1])
+
+        watching = self.hf.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with self.hooks(functions) as fired:
+                out = self.hf.generate(tokens, attention_mask=torch.ones_like(tokens), **cache, **options)
+        finally:
+            watching.remove()
+        self._check_fired(set(functions), fired)
+        for edit in edits:
+            beyond = [p for p in edit.positions or () if p >= out.shape[1]] if isinstance(edit.positions, tuple) else []
+            if beyond:
+                raise EditError(
+                    f'Position {beyond[0]} of "{edit.sites[0]}" was never reached: the text ended after '
+                    f"{out.shape[1]} tokens"
+                )
+        return out
+
     def start(self, tokens: Tensor, first: int, record: Sequence[tuple[str, int]] = ()) -> LensReplay:
         """A base run to begin variants from; see ``Backend.start``."""
-        self._check_readout()
+        self.check_readout()
         replay = LensReplay(self, tokens.to(self.info.device), first, record)
-        replay.check()
-        self._replayed.add((*tokens.shape, first))
+        self._row_bytes[(*tokens.shape, first)] = replay.check()
         return replay
 
     def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
         """Runs in which only some heads are left in; see ``Backend.keep_only``."""
-        self._check_readout()
-        if (*tokens.shape, 0) not in self._replayed:
+        self.check_readout()
+        if (*tokens.shape, 0) not in self._row_bytes:
             self.start(tokens, 0)
-        return keep_only(self, tokens.to(self.info.device), keep, read)
+        tokens = tokens.to(self.info.device)
+        rows = rows_at_once(self._row_bytes[(*tokens.shape, 0)], tokens.shape[1], tokens.device)
+        return keep_only(self, tokens, keep, read, rows)
 
     def body(self, tokens: Tensor, **options: Any) -> Any:
         """Run everything but the unembedding."""
         return self.hf.base_model(input_ids=tokens, **options)
 
-    def readout(self, hidden: Tensor, columns: Tensor | None) -> Tensor:
-        """Logits ``[batch, k]`` (or ``[batch, vocab]``) of normalised residuals ``[batch, d_model]``."""
-        unembed = self.hf.get_output_embeddings()
-        weight, bias = unembed.weight, getattr(unembed, "bias", None)
-        if columns is None:
-            logits = torch.nn.functional.linear(hidden, weight, bias)
-        else:
-            columns = columns.to(hidden.device)
-            logits = torch.einsum("bd,bkd->bk", hidden, weight[columns])
-            logits = logits if bias is None else logits + bias[columns]
-        config = self.hf.config
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
+    def check_readout(self) -> None:
+        """See ``Readout.check``."""
+        self.readout.check(lambda tokens: self.body(tokens, use_cache=False).last_hidden_state)
+
+    def _functions(self, edits: Sequence[Edit], window: Window) -> dict[Key, Function]:
+        steps = changed(edits, self.info, window)
+        return {key: in_order(changes, key[0]) for key, changes in steps.items()}
+
+    def _check_fired(self, edited: set[Key], fired: set[Key]) -> None:
+        if silent := edited - fired:
+            kind, layer = sorted(silent)[0]
+            raise EditError(
+                f"An edit of {kind} in layer {layer} never ran on {self.info.name}",
+                fix="This family computes that site elsewhere; edit another one",
+            )
 
     def _logits(self, tokens: Tensor, read: Read | None) -> Tensor:
         if read is None:
             return self.hf(input_ids=tokens, use_cache=False).logits
-        self._check_readout()
+        self.check_readout()
         hidden = self.body(tokens, use_cache=False).last_hidden_state
         rows = torch.arange(len(tokens), device=hidden.device)
         return self.readout(hidden[rows, read.positions.to(hidden.device)], read.columns)
 
-    def _check_readout(self) -> None:
-        if self._readout_checked:
-            return
-        with torch.inference_mode():
-            tokens = torch.arange(1, min(6, self.info.d_vocab), device=self.info.device)[None]
-            own = self.hf(input_ids=tokens, use_cache=False).logits[:, -1]
-            ours = self.readout(self.body(tokens, use_cache=False).last_hidden_state[:, -1], None)
-        tolerance = TOLERANCE.get(own.dtype, 1e-4) * max(1.0, float(own.abs().max()))
-        if float((own - ours).abs().max()) > tolerance:
-            raise UnsupportedError(
-                f"{self.info.family} does something to its logits that mechkit does not know",
-                fix="Use model.run(...).logits, which runs the model's own code to the end",
-            )
-        self._readout_checked = True
-
-    def _add_results(self, store: dict[tuple[str, int], Tensor], record: Sequence[Site]) -> None:
+    def _add_results(self, store: dict[Key, Tensor], record: Sequence[Site]) -> None:
         """``result`` is made of z, which is what was recorded in its place."""
         for layer in {site.layer for site in record if site.kind == "result"}:
             weight = self.bridge.blocks[layer].attn.W_O  # [heads, d_head, d_model]
-            store["result", layer] = torch.einsum("bphd,hdm->bphm", store["z", layer], weight)
+            written = torch.einsum("bphd,hdm->bphm", store["z", layer], weight)
+            store["result", layer] = written * getattr(self.hf.config, "residual_multiplier", 1.0)  # Granite's
 
 
-def _key(site: Site) -> tuple[str, int]:
+def _then(edit: Function | None, keep: Callable[[Tensor], None]) -> Function:
+    """What is recorded is the edited value."""
+
+    def function(tensor: Tensor) -> Tensor | None:
+        edited = None if edit is None else edit(tensor)
+        keep(tensor if edited is None else edited)
+        return edited
+
+    return function
+
+
+def _key(site: Site) -> Key:
     return ("z" if site.kind == "result" else site.kind, site.layer)

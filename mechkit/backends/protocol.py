@@ -1,8 +1,8 @@
 """What a backend does; the analyses know nothing else of it.
 
-``forward`` is the whole contract: tokens in, logits and recorded activations out, edits in between. ``start``
-is its economy: one base run, kept so that many variants of it can begin late (DESIGN: skip layers, skip
-positions, batch variants, read little). Layouts, whatever the model:
+``forward`` is the whole contract: tokens in, logits and recorded activations out, edits in between; ``generate`` is
+the same token after token. ``start`` is its economy: one base run, kept so that many variants of it can begin late
+(skip layers, skip positions, batch variants, read little). Layouts, whatever the model:
 
     z, q            [batch, pos, n_heads, d_head]          mlp, resid, embed    [batch, pos, d_model]
     k, v            [batch, pos, n_kv_heads, d_head]       pattern, scores      [batch, n_heads, query, key]
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import SiteError
 from ..sites import Site
@@ -66,6 +66,12 @@ class ModelInfo:
         """Key/value group of a query head."""
         return head * self.n_kv_heads // self.n_heads
 
+    def shared(self, site: Site) -> Site:
+        """The site itself; of a query head's key or value on a grouped-query model, the group's that it shares."""
+        if self.grouped and site.kind in ("k", "v") and site.head is not None and not site.grouped:
+            return Site(site.layer, self.group_of(site.head), site.kind, True)
+        return site
+
     def slot(self, site: Site) -> int:
         """Index of a site's head along the head axis of its tensor; see the module's layouts."""
         assert site.head is not None
@@ -103,12 +109,13 @@ class Write:
     """Variants that replace the same kind of site of the same layer, one row each, for ``Replay.resume``.
 
     Attributes:
-        kind: ``z``, ``mlp`` or ``resid``.
+        kind: ``z``, ``q``, ``k``, ``v``, ``pattern``, ``scores``, ``mlp`` or ``resid``.
         layer: block in which the replacement is made.
         rows: base prompt of each variant ``[rows]``.
-        values: new values ``[rows, pos, width]``, for the replayed positions only.
-        where: which positions to replace ``[rows, pos]``, boolean.
-        heads: head of each variant ``[rows]`` for ``z``, else None.
+        values: new values ``[rows, pos, width]``, for the replayed positions only; of patterns and scores
+            ``[rows, query, key]``, with the keys of every position.
+        where: which positions (queries) to replace ``[rows, pos]``, boolean.
+        heads: head, or key/value group, of each variant ``[rows]``; None for ``mlp`` and ``resid``.
     """
 
     kind: str
@@ -124,6 +131,10 @@ class Replay(Protocol):
 
     first: int
     """First replayed position; earlier ones are the base run's in every variant."""
+
+    def rows(self, whole: bool = False) -> int:
+        """How many variants fit in memory side by side; ``whole``: when all of their logits are read."""
+        ...
 
     def recorded(self, kind: str, layer: int) -> Tensor:
         """The base run's own values at the replayed positions, in the layouts of the module."""
@@ -158,8 +169,17 @@ class Backend(Protocol):
         edits: Sequence[Edit] = (),
         record: Sequence[Site] = (),
         read: Read | None = None,
+        lengths: Tensor | None = None,
     ) -> Forward:
-        """One run over ``tokens [batch, pos]``, padded at the right if at all."""
+        """One run over ``tokens [batch, pos]``, padded at the right where ``lengths [batch]`` says so."""
+        ...
+
+    def generate(self, tokens: Tensor, edits: Sequence[Edit], options: Mapping[str, Any]) -> Tensor:
+        """Prompts of one length continued, edits active at every step: ``[batch, pos + new]``.
+
+        The result is that of running the whole text again with the edits for every new token. ``options`` are those
+        of the Hub's ``generate``.
+        """
         ...
 
     def start(self, tokens: Tensor, first: int, record: Sequence[tuple[str, int]] = ()) -> Replay:

@@ -10,7 +10,8 @@
    block is called once, on everything that began before it.
 5. Each block sees the prefix's keys and values through a cache that hands out rows and keeps nothing.
 6. Before a base run is used, two of its prompts go through the blocks in this way with nothing changed. What comes
-   out must be the base run's own; a family for which it is not is refused, not guessed at.
+   out must be the base run's own; a family for which it is not is refused, not guessed at. The same two tell how
+   much memory a variant takes.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .change import Change
+from .change import BY_HEAD, Change
+from .hooks import TOLERANCE
+from .memory import OutputBytes, rows_at_once
 from .protocol import Read, Write
 
 if TYPE_CHECKING:
     from .lens import LensBackend
 
 
-# How far two ways of computing the same may be apart, relative to the largest value.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+_COPIES = 6  # of a row of logits, that a metric of the whole vocabulary makes
 
 
 class _PrefixCache:
@@ -66,27 +68,36 @@ class LensReplay:
         changes: Mapping[tuple[str, int], Change] | None = None,
     ):
         self.backend, self.first, self.batch = backend, first, len(tokens)
+        self._length = tokens.shape[1] - first
+        self._row_bytes = 0
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._residuals: list[Tensor] = []
         self._store: dict[tuple[str, int], Tensor] = {}
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
+        from transformers import DynamicCache
+
         with torch.inference_mode():
             options: dict[str, Any] = {"use_cache": False}
             if first > 0:
-                cache = backend.body(tokens[:, :first], use_cache=True).past_key_values
+                # The Hub's default cache drops what a sliding window hides; patterns would lose those keys.
+                cache = DynamicCache()
+                backend.body(tokens[:, :first], use_cache=True, past_key_values=cache)
                 self._prefix = [(layer.keys, layer.values) for layer in cache.layers]
                 options = {"use_cache": True, "past_key_values": cache}
             last = ("resid", backend.info.n_layers)
             with (
                 backend.hooks(changes or {}),
-                backend.hooks(backend.record_into(self._store, [*record, last])),
+                backend.hooks(backend.sites.recording(self._store, [*record, last])),
                 self._noting(),
             ):
                 self._hidden: Tensor = backend.body(tokens[:, first:], **options).last_hidden_state
             self._residuals.append(self._store[last])
 
-    def check(self) -> None:
+    def check(self) -> int:
         """Compare two replayed prompts with the base run.
+
+        Returns:
+            The bytes that one variant takes.
 
         Raises:
             UnsupportedError: they differ, or the blocks cannot be called in this way.
@@ -97,7 +108,10 @@ class LensReplay:
         try:
             with torch.inference_mode():
                 resid = self._resid(0)[rows]
-                for layer in range(info.n_layers):
+                with OutputBytes() as spent:
+                    resid = self._block(0, resid, rows)
+                self._row_bytes = spent.total // len(rows)
+                for layer in range(1, info.n_layers):
                     resid = self._block(layer, resid, rows)
                 off = float((self.backend.bridge.ln_final(resid) - own).abs().max())
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -111,6 +125,12 @@ class LensReplay:
                 f"(off by {off:.2g})",
                 fix="Patch one site at a time with model.run(..., edits=[mk.patch_in(...)])",
             )
+        return self._row_bytes
+
+    def rows(self, whole: bool = False) -> int:
+        """How many variants fit in memory side by side; known once ``check`` has run."""
+        logits = _COPIES * 4 * self.backend.info.d_vocab if whole else 0
+        return rows_at_once(self._row_bytes + logits, self._length, self._hidden.device)
 
     def recorded(self, kind: str, layer: int) -> Tensor:
         """The base run's values at the replayed positions."""
@@ -176,13 +196,15 @@ class LensReplay:
 
     def _block(self, layer: int, resid: Tensor, rows: Tensor) -> Tensor:
         args, kwargs = self._calls[layer]
-        given = {key: self._rows(value, rows) for key, value in kwargs.items()}
+        given = {key: self._rows(value, rows, key) for key, value in kwargs.items()}
         out = self.backend.bridge.blocks[layer](resid, *(self._rows(value, rows) for value in args), **given)
         return out[0] if isinstance(out, tuple) else out
 
-    def _rows(self, value: Any, rows: Tensor) -> Any:
+    def _rows(self, value: Any, rows: Tensor, name: str = "") -> Any:
         """What a block was given, for these rows: batch-sized tensors picked, the cache replaced."""
         if isinstance(value, Tensor):
+            if name == "alibi" and value.ndim and value.shape[0] == self.batch * self.backend.info.n_heads:
+                return value.unflatten(0, (self.batch, -1))[rows].flatten(0, 1)
             return value[rows] if self.batch > 1 and value.ndim and value.shape[0] == self.batch else value
         if isinstance(value, tuple | list):
             return type(value)(self._rows(one, rows) for one in value)
@@ -206,5 +228,6 @@ def _written(old: Tensor, write: Write) -> Tensor:
     if write.heads is None:
         return torch.where(where, values, old)
     rows = torch.arange(len(old), device=old.device)
-    old[rows, :, write.heads] = torch.where(where, values, old[rows, :, write.heads])
+    index = (rows, write.heads) if write.kind in BY_HEAD else (rows, slice(None), write.heads)
+    old[index] = torch.where(where, values, old[index])
     return old

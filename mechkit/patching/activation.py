@@ -11,127 +11,114 @@ Meng et al. 2022 (arXiv 2202.05262), causal tracing; Wang et al. 2022 (arXiv 221
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from ..errors import MetricError, OptionError, SiteError, UnsupportedError
+from ..errors import Interrupted, OptionError
 from ..results import Scores, provenance
-from ..sites import Site, SitesLike
-from ..sites import sites as read_sites
-from .sweep import WRITABLE, Cell, sweep
+from ..sites import SitesLike
+from ..tasks.task import Task
+from .cells import Cell, PositionsLike, read_patchable, read_places
+from .sweep import Sweep, sweep
 
 if TYPE_CHECKING:
     from ..model import Model
-    from ..tasks.task import Task
-
-_KINDS = ("heads", "mlps", "resid")
 
 
 def patch(
     model: Model,
-    task: Task,
+    task: Task | Sequence[Task],
     sites: SitesLike = "heads",
-    positions: Literal["all", "each"] | str | int | Sequence[int] = "all",
+    positions: PositionsLike = "all",
     direction: Literal["denoise", "noise"] = "denoise",
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Scores:
     """Patch each site by itself, on every prompt of the task.
 
     Args:
         model: any loaded model.
-        task: pairs of prompts, and the metric.
-        sites: ``"heads"``, ``"mlps"``, ``"resid"`` (the stream entering each block, and leaving the last), or
-            addresses such as ``"9.9 m10 resid.4"``.
+        task: pairs of prompts, and the metric; or several tasks with one metric, whose prompts are taken together.
+        sites: ``"heads"``, ``"q"``, ``"k"``, ``"v"``, ``"patterns"``, ``"scores"``, ``"mlps"``, ``"resid"`` (the
+            stream entering each block, and leaving the last), ``"embed"``, addresses such as ``"9.9 m10 9.kv2.k"``,
+            or several of these. On a grouped-query model keys and values are those of the groups.
         positions: ``"all"`` at once; ``"each"`` by itself; a span of the task, such as ``"END"``; a position; or
-            several, each by itself.
+            several, each by itself. Of patterns and scores they are the queries.
         direction: ``"denoise"``: clean into corrupt; ``"noise"``: corrupt into clean.
+        checkpoint: a file that keeps what is done. The same call with the same file goes on from there, and gives
+            the same table as if it had never stopped.
         progress: show a bar.
 
     Returns:
         Scores in fractions of the metric gap, one row a site (and position).
 
     Raises:
-        SiteError, TaskError, OptionError: see each kind.
+        SiteError, TaskError, OptionError, UnsupportedError: see each kind.
         MetricError: the metric is the same on clean and corrupt prompts, so that no fraction is defined.
+        StorageError: a checkpoint of another sweep, or one that cannot be read or written.
+        Interrupted: it was stopped; ``error.scores`` has the sites measured so far, ``n`` saying on how many prompts.
     """
     started = time.perf_counter()
     if direction not in ("denoise", "noise"):
         raise OptionError(f"direction = {direction!r}", expected='"denoise" or "noise"')
-    places = _places(task, positions)
-    cells = [Cell(one, where) for one in _sites(model, sites) for where in places]
+    task = task if isinstance(task, Task) else Task.join(task)
+    places = read_places(task, positions)
+    cells = [Cell(one, where) for one in read_patchable(model, sites) for where in places]
     pair = (task.corrupt, task.clean) if direction == "denoise" else (task.clean, task.corrupt)
-    done = sweep(model, task, cells, base=pair[0], source=pair[1], metric=task.metric, progress=progress)
-    gap = float((done.source - done.base).mean())
-    if abs(gap) < 1e-6:
-        raise MetricError(
-            f'{task.metric.name} is {float(done.base.mean()):.4g} on clean and corrupt prompts of "{task.name}" alike',
-            expected="a metric that tells them apart",
-        )
-    effects = ((done.patched - done.base) / gap).double().numpy()
-    rows = [
-        {
-            "site": str(cell.site),
-            "layer": cell.site.layer,
-            "head": cell.site.head,
-            "kind": cell.site.kind,
-            **({} if positions == "all" else {"position": cell.positions}),
-        }
-        for cell in cells
-    ]
-    frame = pd.DataFrame(rows).assign(
-        score=effects.mean(1),
-        metric=done.patched.double().mean(1).numpy(),
-        se=_standard_error(effects),
-        n=len(task),
+    done = sweep(
+        model,
+        task,
+        cells,
+        base=pair[0],
+        source=pair[1],
+        metric=task.metric,
+        checkpoint=checkpoint,
+        progress=progress,
     )
-    frame["head"] = frame["head"].astype("Int64")
     options: dict[str, Any] = {
-        "sites": sites if isinstance(sites, str) else str(sites),
+        "sites": sites if isinstance(sites, str) else " ".join(dict.fromkeys(str(cell.site) for cell in cells)),
         "positions": positions if isinstance(positions, str | int) else list(positions),
         "direction": direction,
         "base_metric": float(done.base.mean()),
         "source_metric": float(done.source.mean()),
     }
     meta = provenance(model, task, "patch", time.perf_counter() - started, **options)
-    return Scores(frame, "fraction of the metric gap", meta)
-
-
-def _sites(model: Model, wanted: SitesLike) -> list[Site]:
-    if isinstance(wanted, str) and wanted in _KINDS:
-        if wanted == "heads":
-            return list(model.heads())
-        kind, count = ("mlp", model.n_layers) if wanted == "mlps" else ("resid", model.n_layers + 1)
-        return [Site(layer, None, kind) for layer in range(count)]
-    chosen = [model.info.check(one) for one in read_sites(wanted)]
-    if not chosen:
-        raise SiteError("No sites to patch", expected="heads, mlps, resid, or addresses")
-    for one in chosen:
-        if one.kind not in WRITABLE:
-            raise UnsupportedError(f'Patching "{one}"', expected="a head's output, an MLP or the residual stream")
-    return chosen
-
-
-def _places(task: Task, positions: str | int | Iterable[int]) -> list[str | int | None]:
-    if isinstance(positions, str):
-        if positions == "all":
-            return [None]
-        if positions == "each":
-            return list(range(task.clean.shape[1]))
-        task.span(positions)
-        return [positions]
-    chosen = [positions] if isinstance(positions, int) else list(positions)
-    width = task.clean.shape[1]
-    if not chosen or not all(isinstance(p, int) and 0 <= p < width for p in chosen):
-        raise OptionError(
-            f"positions = {positions!r}",
-            expected=f'"all", "each", a span, or positions from 0 to {width - 1}',
+    scores = Scores(_table(cells, done, positions != "all"), "fraction of the metric gap", meta)
+    if not bool(done.done.all()):
+        fix = "the same call goes on from there" if checkpoint else "with checkpoint=path the same call would go on"
+        raise Interrupted(
+            f"Stopped after {int(done.done.sum())} of {done.done.numel()} patches. What was measured is in the "
+            f"error's .scores (in a notebook: import sys; sys.last_value.scores); {fix}.",
+            scores,
         )
-    return list(chosen)
+    return scores
 
 
-def _standard_error(effects: np.ndarray) -> np.ndarray:
-    n = effects.shape[1]
-    return effects.std(1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(effects), np.nan)
+def _table(cells: list[Cell], done: Sweep, with_position: bool) -> pd.DataFrame:
+    """A row a cell, over the prompts on which it was measured; cells without any are left out."""
+    gap = float((done.source - done.base).mean())
+    measured = done.done.numpy()
+    values = np.where(measured, done.patched.double().numpy(), np.nan)
+    effects = (values - done.base.double().numpy()) / gap
+    n = measured.sum(1)
+    rows = [
+        {
+            "site": str(cell.site),
+            "layer": cell.site.layer,
+            "head": cell.site.head,
+            "kind": cell.site.kind,
+            **({"position": cell.positions} if with_position else {}),
+        }
+        for cell in cells
+    ]
+    some, several = n > 0, n > 1
+    score, metric, se = (np.full(len(cells), np.nan) for _ in range(3))
+    score[some], metric[some] = np.nanmean(effects[some], 1), np.nanmean(values[some], 1)
+    se[several] = np.nanstd(effects[several], 1, ddof=1) / np.sqrt(n[several])
+    frame = pd.DataFrame(rows).assign(score=score, metric=metric, se=se, n=n)
+    frame["head"] = frame["head"].astype("Int64")
+    return frame[some].reset_index(drop=True)

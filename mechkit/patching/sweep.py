@@ -2,50 +2,44 @@
 
 A cell is one site of one prompt at some positions, taken from the source run into the base run.
 
-1. Prompts that first differ from their twin at the same position run together; before that position nothing can
-   differ, so those positions run once and are never run again.
+1. Nothing before the first patched position can differ from the base run, nor anything before the first token in which
+   a prompt differs from its twin. Prompts and cells that begin at the same position, in prompts of the same length,
+   run together from there on; what comes before runs once.
 2. A cell in layer l begins at block l, from the base run's residual there.
-3. Cells stand side by side on the batch axis, those of later layers joining as the batch passes their block.
+3. Cells stand side by side on the batch axis, as many as fit in memory, those of later layers joining as the batch
+   passes their block.
 4. Only the answer position of the last residual is normalised, and only the columns the metric reads are
    multiplied.
 5. A cell whose positions all lie before the first difference is the base run; it is not run at all.
+6. What is done is kept, batch by batch: when memory runs out the batch is halved, when the user stops it the rest is
+   left out, and with a checkpoint another process goes on from there, with the same batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..backends.memory import in_batches
 from ..backends.protocol import Read, Replay, Write
+from ..errors import MetricError
 from ..metrics import Metric
 from ..sites import Site
+from .cells import Cell, covered
+from .checkpoint import Checkpoint, fingerprint
 
 if TYPE_CHECKING:
     from ..model import Model
     from ..tasks.task import Task
 
-# Tokens on the batch axis at once: enough to keep matrix products at full speed, and little memory (about
-# 40 kB a token for SmolLM2-135M).
-TOKENS_AT_ONCE = 2048
-WRITABLE = ("z", "mlp", "resid")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A site to patch and where.
-
-    Attributes:
-        site: of kind ``z``, ``mlp`` or ``resid``.
-        positions: None for all; a span's name; or one position from 0.
-    """
-
-    site: Site
-    positions: str | int | None = None
+_FEW = 32  # variants that are not worth a base run of their own
+_BASE_TOKENS = 4096  # of one base run; every block's residual of them is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +48,28 @@ class Sweep:
 
     Attributes:
         patched: ``[cells, n]``.
+        done: which of them were measured; all of them, unless the user stopped it.
         base: of the run that is patched ``[n]``.
         source: of the run that is patched from ``[n]``.
     """
 
     patched: Tensor
+    done: Tensor
     base: Tensor
     source: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Variants that run together.
+
+    Attributes:
+        first: the first position that runs.
+        pairs: cell and prompt of each variant ``[variants, 2]``, by layer.
+    """
+
+    first: int
+    pairs: Tensor
 
 
 def sweep(
@@ -71,6 +80,7 @@ def sweep(
     base: Tensor,
     source: Tensor,
     metric: Metric,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
     """Patch every cell, one at a time, on every prompt.
@@ -81,76 +91,149 @@ def sweep(
         cells: what to patch.
         base, source: token ids ``[n, pos]``, the task's clean and corrupt prompts in either order.
         metric: one number a prompt.
+        checkpoint: a file to keep what is done in, and to go on from.
         progress: show a bar.
+
+    Raises:
+        MetricError: the metric is the same on both runs, so that no fraction of its gap is defined.
+        StorageError: the checkpoint is another sweep's, or cannot be read or written.
+        CapacityError: a single variant does not fit in memory.
     """
     columns = task.answers if metric.reads == "answers" else None
-    clean = model.read(task.clean, task.answer_positions, None) if metric.reads == "clean" else None
+    clean = _read(model, task, task.clean, None) if metric.reads == "clean" else None
 
     def measure(logits: Tensor, rows: Tensor) -> Tensor:
         return metric(logits, task[rows], None if clean is None else clean[rows.to(clean.device)]).cpu()
 
     every = torch.arange(len(task))
-    ends = [measure(model.read(ids, task.answer_positions, columns), every) for ids in (base, source)]
+    ends = [measure(_read(model, task, ids, columns), every) for ids in (base, source)]
+    if abs(float((ends[1] - ends[0]).mean())) < 1e-6:
+        raise MetricError(
+            f'{metric.name} is {float(ends[0].mean()):.4g} on clean and corrupt prompts of "{task.name}" alike',
+            expected="a metric that tells them apart",
+        )
     patched = ends[0].repeat(len(cells), 1)
-    starts = task.first_difference
-    with tqdm(total=len(cells) * len(task), desc="patching", unit="patch", disable=not progress) as bar:
-        for first in starts.unique().tolist():
-            rows = (starts == first).nonzero()[:, 0]
-            for cell, row, logits in _group(model, task[rows], cells, base[rows], source[rows], first, columns, bar):
-                patched[cell, rows[row]] = measure(logits, rows[row])
-    return Sweep(patched, *ends)
+    masks = {where: covered(task, where) & _may_differ(task) for where in {cell.positions for cell in cells}}
+    groups = _groups(task, cells, masks)
+    done = torch.ones(patched.shape, dtype=torch.bool)
+    for group in groups:
+        done[tuple(group.pairs.T)] = False
+    kept = Checkpoint(checkpoint, fingerprint(model, task, cells, base, source, metric), patched, done, len(groups))
+    with tqdm(total=done.numel(), initial=int(done.sum()), desc="patching", unit="patch", disable=not progress) as bar:
+        try:
+            for number, group in enumerate(groups):
+                some = _variants(model, task, cells, masks, base, source, group, kept, number, columns)
+                for cell, row, logits in some:
+                    patched[cell, row] = measure(logits, row)
+                    done[cell, row] = True
+                    kept.save_now_and_then()
+                    bar.update(len(cell))
+        except KeyboardInterrupt:
+            pass  # what is done is returned
+        finally:
+            kept.save()
+    return Sweep(patched, done, *ends)
 
 
-def _group(
+def _variants(
     model: Model,
     task: Task,
     cells: Sequence[Cell],
+    masks: dict,
     base: Tensor,
     source: Tensor,
-    first: int,
+    group: _Group,
+    kept: Checkpoint,
+    number: int,
     columns: Tensor | None,
-    bar: tqdm,
-) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """Cell numbers, prompt numbers and logits ``[rows, k]``, batch by batch, for prompts that split at ``first``."""
-    width = task.clean.shape[1]
-    keys = sorted({(cell.site.kind, cell.site.layer) for cell in cells}, key=lambda key: key[1])
-    given = model.backend.start(source[:, :width], first, record=keys)
-    replay = model.backend.start(base[:, :width], first)
-    columns = None if columns is None else task.answers
-    masks = {where: _mask(task, where, first) for where in {cell.positions for cell in cells}}
-    here = torch.stack([masks[cell.positions] for cell in cells])  # [cells, n, pos]
-    active = here.any(-1).nonzero()
-    bar.update(len(cells) * len(task) - len(active))
-    depth = torch.tensor([keys.index((cell.site.kind, cell.site.layer)) for cell in cells])
-    active = active[(active[:, 1] * len(keys) + depth[active[:, 0]]).argsort(stable=True)]  # prompt by prompt
-    for batch in active.split(max(1, TOKENS_AT_ONCE // (width - first))) if len(active) else ():
-        batch = batch[depth[batch[:, 0]].argsort(stable=True)]
-        cell, row = batch.T
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cell numbers, prompt numbers and logits ``[rows, k]``, batch by batch, of a group's variants still to be done."""
+    todo = group.pairs[~kept.done[tuple(group.pairs.T)]]
+    if not len(todo):
+        return
+    prompts = group.pairs[:, 1].unique()
+    part = task[prompts]
+    window = slice(group.first, part.clean.shape[1])
+    keys = sorted({_key(cells[i].site) for i in group.pairs[:, 0].unique().tolist()}, key=lambda key: key[1])
+    given = model.backend.start(source[prompts, : window.stop], group.first, record=keys)
+    replay = model.backend.start(base[prompts, : window.stop], group.first)
+
+    def run(pairs: Tensor) -> Tensor:
+        cell, prompt = pairs.unbind(1)
+        row = torch.searchsorted(prompts, prompt.contiguous())
+        depth = torch.tensor([keys.index(_key(cells[i].site)) for i in cell.tolist()])
+        order = depth.argsort(stable=True)  # the engine takes layers in order
         writes = []
-        for key in depth[cell].unique().tolist():
-            these = depth[cell] == key
-            sites = [cells[i].site for i in cell[these].tolist()]
-            writes.append(_write(keys[key], sites, given, row[these], here[cell[these], row[these]]))
-        read = Read(task.answer_positions[row], None if columns is None else columns[row])
-        yield cell, row, replay.resume(writes, read)
-        bar.update(len(batch))
+        for at in depth.unique().tolist():
+            these = (depth == at).nonzero()[:, 0]
+            where = torch.stack([masks[cells[cell[i]].positions][prompt[i], window] for i in these.tolist()])
+            writes.append(_write(keys[at], [cells[i].site for i in cell[these].tolist()], given, row[these], where))
+        some = None if columns is None else part.answers[row[order]]
+        logits = replay.resume(writes, Read(part.answer_positions[row[order]], some))
+        return logits[order.argsort().to(logits.device)]
+
+    at_once = kept.rows[number] or replay.rows(whole=columns is None)
+    for pairs, logits, rows in in_batches(todo, at_once, run):
+        kept.rows[number] = rows
+        yield *pairs.T, logits
 
 
-def _mask(task: Task, where: str | int | None, first: int) -> Tensor:
-    """Which replayed positions a cell covers ``[n, pos]``."""
-    positions = torch.arange(first, task.clean.shape[1])
-    if where is None:
-        return (positions[None] < task.lengths[:, None]).expand(len(task), -1)
-    if isinstance(where, int):
-        return (positions[None] == where) & (positions[None] < task.lengths[:, None])
-    span = task.span(where)
-    return (positions[None] >= span[:, :1]) & (positions[None] < span[:, 1:])
+def _groups(task: Task, cells: Sequence[Cell], masks: dict) -> list[_Group]:
+    """Variants by where they begin and how long their prompts are, few ones together."""
+    active = {where: mask.any(1) for where, mask in masks.items()}
+    begins = {where: mask.int().argmax(1) for where, mask in masks.items()}
+    keys = torch.stack([torch.stack([begins[c.positions], task.lengths], 1) for c in cells])  # [cells, n, 2]
+    pairs = torch.stack([active[cell.positions] for cell in cells]).nonzero()
+    if not len(pairs):
+        return []
+    layers = torch.tensor([_key(cell.site)[1] for cell in cells])
+    pairs = pairs[(layers[pairs[:, 0]] * len(task) + pairs[:, 1]).argsort(stable=True)]
+    found, which = keys[tuple(pairs.T)].unique(dim=0, return_inverse=True)
+    groups: list[_Group] = []
+    waiting = pairs[:0]
+    first = 0
+    for number, (begin, _) in enumerate(found.tolist()):
+        first = first if len(waiting) else begin  # begins come in order
+        waiting = torch.cat([waiting, pairs[which == number]])
+        if len(waiting) >= _FEW or number == len(found) - 1:
+            groups += _of_size(first, waiting, task)
+            waiting = pairs[:0]
+    return groups
+
+
+def _of_size(first: int, pairs: Tensor, task: Task) -> list[_Group]:
+    """A group, or several where its prompts are too many for one base run."""
+    prompts = pairs[:, 1].unique()
+    at_once = max(1, _BASE_TOKENS // int(task.lengths[prompts].max()))
+    return [_Group(first, pairs[torch.isin(pairs[:, 1], some)]) for some in prompts.split(at_once)]
+
+
+def _read(model: Model, task: Task, ids: Tensor, columns: Tensor | None) -> Tensor:
+    """Logits at the answers ``[n, k]``, some prompts at a time."""
+    parts = torch.arange(len(task)).split(max(1, _BASE_TOKENS // ids.shape[1]))
+    read = [
+        model.read(ids[rows], task.answer_positions[rows], None if columns is None else columns[rows]) for rows in parts
+    ]
+    return torch.cat(read)
+
+
+def _may_differ(task: Task) -> Tensor:
+    """Positions from a prompt's first difference on ``[n, pos]``."""
+    return torch.arange(task.clean.shape[1])[None] >= task.first_difference[:, None]
+
+
+def _key(site: Site) -> tuple[str, int]:
+    """What is written, and where: the embedding is all there is in the first residual, the result all there is of z."""
+    if site.kind == "embed":
+        return ("resid", 0)
+    return ("z" if site.kind == "result" else site.kind, site.layer)
 
 
 def _write(key: tuple[str, int], sites: list[Site], given: Replay, row: Tensor, where: Tensor) -> Write:
     values = given.recorded(*key)
     row, where = row.to(values.device), where.to(values.device)
-    if key[0] != "z":
+    if sites[0].head is None:
         return Write(*key, row, values[row], where)
     heads = torch.tensor([site.head for site in sites], device=values.device)
-    return Write(*key, row, values[row, :, heads], where, heads)
+    by_head = key[0] in ("pattern", "scores")
+    return Write(*key, row, values[row, heads] if by_head else values[row, :, heads], where, heads)

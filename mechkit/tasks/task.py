@@ -124,6 +124,19 @@ class Task:
         texts = (list(frame["clean"]), list(frame["corrupt"]))
         return cls.from_tokens(*ids, lengths=lengths, texts=texts, metric=metric, name=name)
 
+    @classmethod
+    def join(cls, tasks: Sequence[Task]) -> Task:
+        """The prompts of several tasks as one, whatever their lengths.
+
+        Spans that all of them have are kept; templates stay apart. ``meta["tasks"]`` has their names and sizes.
+
+        Raises:
+            TaskError: none, something that is no task, or metrics that differ.
+        """
+        from .join import joined
+
+        return joined(tasks)
+
     def __len__(self) -> int:
         return len(self.clean)
 

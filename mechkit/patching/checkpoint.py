@@ -1,0 +1,118 @@
+"""A file from which an interrupted sweep goes on.
+
+1. It says which sweep it belongs to: model, prompts, metric, cells. A file of another sweep is an error, never mixed
+   in and never overwritten.
+2. It is written anew beside the old one and put in its place, so that a kill at any moment leaves a whole file.
+3. It keeps how many rows each group of the sweep ran at once: going on with the same number gives the same numbers
+   to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import StorageError
+from ..results import write_whole
+
+if TYPE_CHECKING:
+    from ..metrics import Metric
+    from ..model import Model
+    from ..tasks.task import Task
+    from .cells import Cell
+
+_SECONDS = 2.0  # between two writes
+
+
+def fingerprint(
+    model: Model, task: Task, cells: Sequence[Cell], base: Tensor, source: Tensor, metric: Metric
+) -> dict[str, str]:
+    """What makes one sweep differ from another."""
+    spans = [text for name in sorted(task.spans) for text in (name, task.spans[name].tolist())]
+    prompts = [base.tolist(), source.tolist(), task.answers.tolist(), task.lengths.tolist(), spans]
+    return {
+        "model": f"{model.name} {model.weights_hash} {model.info.dtype}",
+        "prompts": _digest(prompts),
+        "metric": metric.name,
+        "sites and positions": _digest([f"{cell.site} {cell.positions}" for cell in cells]),
+    }
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+class Checkpoint:
+    """Values of a sweep as far as it has come.
+
+    Args:
+        path: the file; None: nothing is kept.
+        identity: as from ``fingerprint``.
+        values: metric of every cell and prompt ``[cells, n]``; filled in from the file.
+        done: which of them are final; filled in from the file.
+        groups: how many groups of prompts the sweep has.
+
+    Raises:
+        StorageError: the file is another sweep's, or no checkpoint at all, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None, identity: Mapping[str, str], values: Tensor, done: Tensor, groups: int):
+        self._path = None if path is None else Path(path)
+        self._identity, self._values, self.done = dict(identity), values, done
+        self.rows = [0] * groups
+        self._written = 0.0
+        if self._path is not None:
+            if self._path.exists():
+                self._read(self._path)
+            self.save()  # a place that cannot be written is found out before the work
+
+    def save_now_and_then(self) -> None:
+        """Write, unless that was just done."""
+        if self._path is not None and time.monotonic() - self._written > _SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write."""
+        if self._path is None:
+            return
+
+        def write(target: Path) -> None:
+            with target.open("wb") as file:
+                np.savez(
+                    file,
+                    identity=np.array(json.dumps(self._identity)),
+                    values=self._values.numpy(),
+                    done=self.done.numpy(),
+                    rows=np.array(self.rows, dtype=np.int64),
+                )
+
+        write_whole(self._path, write)
+        self._written = time.monotonic()
+
+    def _read(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                identity = json.loads(str(file["identity"]))
+                values, done = torch.from_numpy(file["values"]), torch.from_numpy(file["done"])
+                rows = file["rows"].tolist()
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise StorageError(
+                f"{path} could not be read as a checkpoint: {error}", fix="Give another path, or remove the file"
+            ) from error
+        if other := [key for key, value in self._identity.items() if identity.get(key) != value]:
+            raise StorageError(
+                f"{path} is the checkpoint of another sweep: its {' and '.join(other)} differ",
+                fix="Give another path, or remove the file",
+            )
+        self._values.copy_(values)
+        self.done.copy_(done)
+        self.rows = rows
