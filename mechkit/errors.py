@@ -86,3 +86,8 @@ class IntegrityError(LoadError):
 
 class StorageError(MechkitError, OSError):
     """A file or folder that could not be written or read."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its later lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -59,9 +59,10 @@ def continued(
         out = pad_right(rows, model.pad_token)[0]
         return out if prompts.ndim == 2 else out[0]
     texts = [_text(model, row, int(length)) for row, length in zip(rows, lengths, strict=True)]
-    given_texts = [prompts] if isinstance(prompts, str) else getattr(prompts, "texts", prompts)
-    full = [(whole if not given_texts else given_texts[i] + new) for i, (whole, new) in enumerate(texts)]
-    return full[0] if isinstance(prompts, str) else full
+    if isinstance(prompts, str):
+        return prompts + texts[0][1]
+    before = prompts.texts if isinstance(prompts, Task) else list(prompts)
+    return [whole if not before else before[i] + new for i, (whole, new) in enumerate(texts)]
 
 
 def _text(model: Model, row: list[int], length: int) -> tuple[str, str]:

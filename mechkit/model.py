@@ -2,74 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends.protocol import Backend, ModelInfo, Read
-from .edits import Ablate, Edit, PatchIn, at_masks
-from .errors import EditError, MechkitWarning, PromptError, SiteError, UnsupportedError
+from .edits import Edit
+from .errors import PromptError, UnsupportedError
 from .prompts import as_batch
-from .sites import HeadSet, Site, SitesLike, site, sites
+from .run import Run
+from .sites import HeadSet, Site, SitesLike, sites
 from .tasks.task import Task
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What one run gave.
-
-    Attributes:
-        logits: ``[batch, pos, vocab]``.
-        tokens: the ids that ran ``[batch, pos]``, padded at the right.
-        lengths: tokens of each prompt ``[batch]``, padding not counted.
-    """
-
-    model: Model
-    logits: Tensor
-    tokens: Tensor
-    lengths: Tensor
-    _recorded: Mapping[tuple[str, int], Tensor]
-
-    def __getitem__(self, address: str | Site) -> Tensor:
-        """A recorded activation; shapes are in the table of ``mechkit.sites``.
-
-        Raises:
-            SiteError: it was not recorded.
-        """
-        wanted = site(address)
-        key = (wanted.kind, wanted.layer)
-        if wanted.kind == "logits":
-            return self.logits
-        if key not in self._recorded:
-            raise SiteError(f'"{wanted}" was not recorded', fix=f'Run again with record=["{wanted}"]')
-        tensor = self._recorded[key]
-        if wanted.head is None:
-            return tensor
-        slot = self.model.info.slot(wanted)
-        return tensor[:, slot] if wanted.kind in ("pattern", "scores") else tensor[:, :, slot]
-
-    def next_tokens(self, k: int = 10, prompt: int = 0) -> pd.DataFrame:
-        """The likeliest next tokens after one prompt: columns ``token``, ``logit``, ``prob``, ``rank`` from 1."""
-        import pandas as pd
-
-        logits = self.logits[prompt, int(self.lengths[prompt]) - 1].float()
-        top = logits.topk(min(k, len(logits)))
-        return pd.DataFrame(
-            {
-                "token": [self.model.to_text(i) for i in top.indices.tolist()],
-                "logit": top.values.tolist(),
-                "prob": logits.softmax(-1)[top.indices].tolist(),
-                "rank": range(1, len(top.values) + 1),
-            }
-        )
 
 
 class Model:
@@ -250,37 +196,9 @@ class Model:
         Raises:
             EditError: something that is no edit, or a span where there is no task.
         """
-        from .references import with_values
+        from .resolve import resolved
 
-        if isinstance(edits, Edit):
-            edits = [edits]
-        done = []
-        for edit in edits:
-            if not isinstance(edit, Edit):
-                raise EditError(f"{edit!r} is no edit", expected="what mk.ablate, mk.scale and their like make")
-            edit = at_masks(self._of_groups(edit), partial(_span_mask, task))
-            done.append(with_values(self, edit, task) if isinstance(edit, Ablate) else edit)
-        return done
-
-    def _of_groups(self, edit: Edit) -> Edit:
-        """The edit with a query head's key or value read as that of the group it shares, which is said."""
-        own = {site: self.info.shared(self.info.check(site)) for site in edit.sites}
-        shared = {site: group for site, group in own.items() if site != group}
-        if not shared:
-            return edit
-        warnings.warn(
-            f"Heads of {self.name} share their keys and values: editing "
-            + ", ".join(f'"{site}" edits "{group}"' for site, group in shared.items()),
-            MechkitWarning,
-            stacklevel=4,
-        )
-        edit = replace(edit, sites=tuple(dict.fromkeys(own.values())))
-        if not isinstance(edit, PatchIn):
-            return edit
-        values = {own[site]: value for site, value in edit.values.items()}
-        if any(values[own[site]] is not value for site, value in edit.values.items()):
-            raise EditError("Several values for heads that share one key or value", expected="one value a group")
-        return replace(edit, values=values)
+        return resolved(self, edits, task)
 
     def __repr__(self) -> str:
         i = self.info
@@ -307,12 +225,3 @@ class Model:
         if not hasattr(self.backend, what):
             raise UnsupportedError(f"{type(self.backend).__name__} has no {what} underneath")
         return getattr(self.backend, what)
-
-
-def _span_mask(task: Task | None, name: str) -> Tensor:
-    """Where a span stands ``[n, pos]``, boolean."""
-    if task is None:
-        raise EditError(f'The span "{name}" in a run of free prompts', fix="Run a task, or give positions as numbers")
-    first, last = task.span(name).T[..., None]
-    positions = torch.arange(task.clean.shape[1])
-    return (positions >= first) & (positions < last)

@@ -48,6 +48,17 @@ def as_batch(model: Model, prompts: Prompts) -> tuple[Tensor, Tensor]:
     return ids, lengths
 
 
+def check_task(model: Model, task: Task) -> None:
+    """Whether a model can run a task's prompts and has its answers.
+
+    Raises:
+        PromptError: ids outside the vocabulary, or prompts longer than the context.
+    """
+    as_batch(model, task)
+    for ids in (task.corrupt, task.answers):
+        _check_ids(model, ids)
+
+
 def _check_ids(model: Model, ids: Tensor) -> None:
     if int(ids.min()) < 0 or int(ids.max()) >= model.info.d_vocab:
         raise PromptError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,28 +58,54 @@ class Scores:
         order = self.frame.score.abs().sort_values(ascending=False, kind="stable").index
         return [site(text) for text in dict.fromkeys(self.frame.loc[order].site)]
 
-    def grid(self) -> np.ndarray:
-        """Head scores as ``[layers, heads]``; heads that were not scored are NaN.
+    def grid(self, kind: str | None = None) -> np.ndarray:
+        """Scores as an array; what was not scored is NaN.
+
+        Args:
+            kind: ``"z"``, ``"pattern"``, ``"resid"`` ...; left out: whole heads, or the only kind there is.
+
+        Returns:
+            ``[layers, heads]`` of heads (groups, for shared keys and values), else ``[layers, positions]``, with
+            one position where all were patched at once.
 
         Raises:
-            OptionError: several scores a head (one a position).
+            OptionError: no scores of that kind, several kinds to choose from, or several positions a head.
         """
-        rows = self.frame[self.frame.kind == "z"]
-        if rows.site.duplicated().any():
+        rows = self.of_kind(kind).frame
+        by_head = rows["head"].notna().all()
+        placed = "position" in rows and not rows["position"].map(lambda where: isinstance(where, str)).any()
+        column = rows["head"] if by_head else rows["position"] if placed else rows["layer"] * 0
+        if rows.assign(column=column)[["layer", "column"]].duplicated().any():
             raise OptionError("Scores with several positions a head", fix="Take one position of .frame first")
-        shape = (
-            self.meta.get("n_layers", rows.layer.max() + 1),
-            self.meta.get("n_heads", rows["head"].max() + 1),
+        down, across = np.asarray(rows["layer"].clip(lower=0), int), np.asarray(column, int)
+        whole_heads = by_head and not rows["site"].str.contains("kv").any()
+        grid = np.full(
+            (
+                max(self.meta.get("n_layers", 0), down.max() + 1),
+                max(self.meta.get("n_heads", 0) if whole_heads else 0, across.max() + 1),
+            ),
+            np.nan,
         )
-        grid = np.full(shape, np.nan)
-        grid[np.asarray(rows["layer"], int), np.asarray(rows["head"], int)] = rows["score"]
+        grid[down, across] = rows["score"]
         return grid
 
-    def plot(self) -> Figure:
-        """A map of the head scores, layers down and heads across, as a matplotlib figure."""
-        from .view.figures import head_map
+    def of_kind(self, kind: str | None = None) -> Scores:
+        """The scores of one kind of site; left out: of whole heads, or of the only kind there is.
 
-        return head_map(self)
+        Raises:
+            OptionError: no scores of that kind, or several kinds to choose from.
+        """
+        kinds = list(dict.fromkeys(self.frame["kind"]))
+        chosen = kind or ("z" if "z" in kinds else kinds[0] if len(kinds) == 1 else None)
+        if chosen not in kinds:
+            raise OptionError(f"kind = {kind!r}", expected="one of " + ", ".join(kinds))
+        return replace(self, frame=self.frame[self.frame["kind"] == chosen].reset_index(drop=True))
+
+    def plot(self, kind: str | None = None) -> Figure:
+        """A map of the scores as a matplotlib figure: layers and heads, or layers and positions; see ``grid``."""
+        from .view.figures import site_map
+
+        return site_map(self.of_kind(kind))
 
     def save(self, path: str | Path) -> Path:
         """Write the table with its provenance, as ``.parquet`` or ``.csv``; whole or not at all.

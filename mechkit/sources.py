@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from .errors import LoadError, OptionError, UnsupportedError
+from .errors import LoadError, OptionError, first_line
 from .library import dequantise, quiet_library
 from .packaged import PACKAGED, local_folder
 
@@ -53,7 +52,7 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None, revi
                 expected="(hf_model, tokenizer or None)",
             )
         name = getattr(source[0].config, "name_or_path", "") or type(source[0]).__name__
-        return _bridged(source[0], source[1], name, {"kind": "object"})
+        return _model(source[0], source[1], name, {"kind": "object"})
     if not isinstance(source, str | Path):
         raise LoadError(
             f"{type(source).__name__} is no model",
@@ -79,7 +78,14 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None, revi
     else:
         loaded, found = _from_hub(text, revision, options), {"kind": "hub", "revision": revision or "main"}
     model, tokenizer = loaded
-    return _bridged(model.to(device), tokenizer, text, found)
+    return _model(model.to(device), tokenizer, text, found)
+
+
+def _model(hub_model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Model:
+    from .backends.bridge import bridged
+    from .model import Model
+
+    return Model(bridged(hub_model, tokenizer, name), tokenizer, found)
 
 
 def _pretrained(where: str, options: dict[str, Any], **more: Any) -> tuple[Any, Any]:
@@ -106,7 +112,7 @@ def _from_folder(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
         return _pretrained(str(folder), options, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise LoadError(
-            f"{folder} could not be loaded: {_first_line(error)}",
+            f"{folder} could not be loaded: {first_line(error)}",
             expected="a folder written by save_pretrained",
         ) from error
 
@@ -121,7 +127,7 @@ def _from_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
             dequantise(path, Path(made))
         except (OSError, ValueError, KeyError, NotImplementedError, struct.error) as error:
             raise LoadError(
-                f"{path} could not be read as GGUF: {_first_line(error)}",
+                f"{path} could not be read as GGUF: {first_line(error)}",
                 expected="a GGUF file of an architecture that transformers de-quantises",
             ) from error
         return _from_folder(Path(made), options)
@@ -134,54 +140,6 @@ def _from_hub(name: str, revision: str | None, options: dict[str, Any]) -> tuple
         known = ", ".join(PACKAGED)
         raise LoadError(
             f"{name!r} is no packaged model ({known}), no folder here, and the model hub gave nothing: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             fix=f"Check the name and the network; mk.load({known!r}) needs no hub",
         ) from error
-
-
-def _bridged(model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Model:
-    from .backends.lens import LensBackend
-    from .model import Model
-
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{name} ({type(model).__name__}) is an encoder-decoder", expected="a decoder")
-    if not any("attn" in part or "attention" in part for part, _ in model.named_modules()):
-        raise UnsupportedError(f"{name} ({type(model).__name__}) has no attention", expected="a transformer")
-    with quiet_library():
-        from transformer_lens.model_bridge import sources as lens
-        from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
-
-        try:
-            model.eval().set_attn_implementation("eager")  # the only one that hands out patterns
-            config = copy.deepcopy(model.config)
-            # A model made from a config, and not loaded, has not been told its own class.
-            config.architectures = config.architectures or [type(model).__name__]
-            architecture = determine_architecture_from_hf_config(config)
-            bridge = lens.build_bridge_from_module(model, architecture, hf_config=config, model_name=name)
-        except (ValueError, NotImplementedError, AttributeError) as error:
-            raise UnsupportedError(
-                f"TransformerLens cannot serve {name} ({type(model).__name__}): {_first_line(error)}",
-                fix="Its supported families are in TransformerBridge.list_supported_models()",
-            ) from error
-        if tokenizer is not None:
-            # Given only now: while building, TransformerLens loads a tokenizer again by its name, from the hub.
-            bridge.tokenizer = tokenizer
-            flags = lens.detect_tokenizer_bos_eos(tokenizer)
-            bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = flags
-    _keep_half_precision(bridge)
-    return Model(LensBackend(bridge, name), tokenizer, found)
-
-
-def _keep_half_precision(bridge: Any) -> None:
-    """Make rotated queries and keys as wide as they were before, as the Hub's own are.
-
-    Some families rotate by float32 angles (OLMo 2); TransformerLens then hands float32 to values in half precision.
-    """
-    for block in bridge.blocks:
-        for name in ("hook_rot_q", "hook_rot_k"):
-            if (point := getattr(block.attn, name, None)) is not None:
-                point.register_forward_hook(lambda _, __, out: out.to(bridge.cfg.dtype))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

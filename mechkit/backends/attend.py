@@ -18,7 +18,7 @@ from torch import Tensor
 from ..edits import Ablate, Attend
 from ..errors import EditError
 from ..sites import Site
-from .change import Change, Window, fitted, visible
+from .change import Change, Window, fitted, part_of, visible
 
 
 def attended(edit: Attend | Ablate, sites: list[Site], window: Window) -> dict[str, Change]:
@@ -52,7 +52,7 @@ def attended(edit: Attend | Ablate, sites: list[Site], window: Window) -> dict[s
             elif how == "toward":
                 new = (1 - alpha) * old + alpha * _target(value, seeing, window, old.dtype)
             else:
-                new = _set(value, old, seeing, window, site)
+                new = _set(value, old, seeing & _queries(edit, window, old, site), window, site)
             tensor[:, site.head] = torch.where(_queries(edit, window, old, site), new, old)
         return tensor
 
@@ -106,10 +106,10 @@ def _mask(
     if wanted is None:
         return torch.ones(len(old), width, dtype=torch.bool, device=old.device)
     if isinstance(wanted, Tensor):
-        mask = wanted.to(old.device)[:, first : first + width]
-        return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
+        return part_of(wanted, first, width).to(old.device)
     mask = torch.zeros(len(old), width, dtype=torch.bool, device=old.device)
-    at, _ = Window(window.lengths, first, window.growing).rows(tuple(wanted), width, f'"{site}"')
+    numbers = [key for key in wanted if isinstance(key, int)]  # names of spans have become masks
+    at, _ = Window(window.lengths, first, window.growing).rows(numbers, width, f'"{site}"')
     return mask.scatter(1, at.to(old.device), True)
 
 

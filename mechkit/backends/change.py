@@ -99,6 +99,12 @@ def in_order(changes: Sequence[Change], kind: str) -> Change:
     return change
 
 
+def part_of(mask: Tensor, first: int, width: int) -> Tensor:
+    """A mask over a prompt's positions ``[batch, pos]`` cut to some of them, False beyond its end."""
+    part = mask[:, first : first + width]
+    return torch.nn.functional.pad(part, (0, width - part.shape[1]))
+
+
 def visible(scores: Tensor) -> Tensor:
     """Which scores are not the mask's: ``[batch, heads, query, key]``, boolean."""
     return scores > torch.finfo(scores.dtype).min / 2
@@ -123,7 +129,7 @@ def _at(edit: Edit, sites: list[Site], info: ModelInfo, window: Window) -> Chang
             old = tensor[index]
             new = _new(edit, site, old, found)
             if isinstance(edit.positions, Tensor):
-                where = edit.positions.to(tensor.device)[:, window.first : window.first + width]
+                where = part_of(edit.positions, window.first, width).to(tensor.device)
                 new = torch.where(where.view(*where.shape, *[1] * (old.ndim - 2)), new, old)
             tensor[index] = new
         return tensor

@@ -132,7 +132,10 @@ class LensBackend:
         """A base run to begin variants from; see ``Backend.start``."""
         self.check_readout()
         replay = LensReplay(self, tokens.to(self.info.device), first, record)
-        self._row_bytes[(*tokens.shape, first)] = replay.check()
+        shape = (*tokens.shape, first)
+        if shape not in self._row_bytes:
+            self._row_bytes[shape] = replay.check()
+        replay.row_bytes = self._row_bytes[shape]
         return replay
 
     def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:

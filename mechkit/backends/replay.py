@@ -9,9 +9,9 @@
 4. Variants of all layers make one sweep through the blocks: those of block ``l`` join the batch there, so each
    block is called once, on everything that began before it.
 5. Each block sees the prefix's keys and values through a cache that hands out rows and keeps nothing.
-6. Before a base run is used, two of its prompts go through the blocks in this way with nothing changed. What comes
-   out must be the base run's own; a family for which it is not is refused, not guessed at. The same two tell how
-   much memory a variant takes.
+6. Before a base run of a new shape is used, two of its prompts go through the blocks in this way with nothing changed.
+   What comes out must be the base run's own; a family for which it is not is refused, not guessed at. The same two
+   tell how much memory a variant takes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LensReplay:
     ):
         self.backend, self.first, self.batch = backend, first, len(tokens)
         self._length = tokens.shape[1] - first
-        self._row_bytes = 0
+        self.row_bytes = 0  # of a variant; see check
         self._calls: list[tuple[tuple, dict[str, Any]]] = []
         self._residuals: list[Tensor] = []
         self._store: dict[tuple[str, int], Tensor] = {}
@@ -82,7 +82,8 @@ class LensReplay:
                 # The Hub's default cache drops what a sliding window hides; patterns would lose those keys.
                 cache = DynamicCache()
                 backend.body(tokens[:, :first], use_cache=True, past_key_values=cache)
-                self._prefix = [(layer.keys, layer.values) for layer in cache.layers]
+                layers: Any = cache.layers
+                self._prefix = [(layer.keys, layer.values) for layer in layers]
                 options = {"use_cache": True, "past_key_values": cache}
             last = ("resid", backend.info.n_layers)
             with (
@@ -110,7 +111,7 @@ class LensReplay:
                 resid = self._resid(0)[rows]
                 with OutputBytes() as spent:
                     resid = self._block(0, resid, rows)
-                self._row_bytes = spent.total // len(rows)
+                row_bytes = spent.total // len(rows)
                 for layer in range(1, info.n_layers):
                     resid = self._block(layer, resid, rows)
                 off = float((self.backend.bridge.ln_final(resid) - own).abs().max())
@@ -125,12 +126,12 @@ class LensReplay:
                 f"(off by {off:.2g})",
                 fix="Patch one site at a time with model.run(..., edits=[mk.patch_in(...)])",
             )
-        return self._row_bytes
+        return row_bytes
 
     def rows(self, whole: bool = False) -> int:
-        """How many variants fit in memory side by side; known once ``check`` has run."""
+        """How many variants fit in memory side by side; known once ``row_bytes`` is."""
         logits = _COPIES * 4 * self.backend.info.d_vocab if whole else 0
-        return rows_at_once(self._row_bytes + logits, self._length, self._hidden.device)
+        return rows_at_once(self.row_bytes + logits, self._length, self._hidden.device)
 
     def recorded(self, kind: str, layer: int) -> Tensor:
         """The base run's values at the replayed positions."""

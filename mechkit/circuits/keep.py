@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backends.protocol import Keep, Read
-from ..edits import ABLATIONS
 from ..errors import OptionError
+from ..prompts import check_task
 from ..references import corrupt_activations, template_means
 from ..sites import HeadSet, Site
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..tasks.task import Task
 
+MODES = ("mean", "zero", "resample")
 _SETS_AT_ONCE = 32  # between two moves of the progress bar; each call repeats what all sets share
 
 
@@ -43,8 +44,9 @@ class Keeper:
     """
 
     def __init__(self, model: Model, task: Task, ablation: Ablation, reference: Task):
-        if ablation not in ABLATIONS:
-            raise OptionError(f"Ablation {ablation!r}", expected="one of " + ", ".join(ABLATIONS))
+        if ablation not in MODES:
+            raise OptionError(f"Ablation {ablation!r}", expected="one of " + ", ".join(MODES))
+        check_task(model, task)
         self._model, self._task = model, task
         self._values = self._replacements(ablation, reference)
         columns = task.answers if task.metric.reads == "answers" else None

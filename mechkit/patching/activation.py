@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import Interrupted, OptionError
+from ..prompts import check_task
 from ..results import Scores, provenance
 from ..sites import SitesLike
 from ..tasks.task import Task
@@ -57,7 +58,7 @@ def patch(
         Scores in fractions of the metric gap, one row a site (and position).
 
     Raises:
-        SiteError, TaskError, OptionError, UnsupportedError: see each kind.
+        SiteError, TaskError, PromptError, OptionError, UnsupportedError: see each kind.
         MetricError: the metric is the same on clean and corrupt prompts, so that no fraction is defined.
         StorageError: a checkpoint of another sweep, or one that cannot be read or written.
         Interrupted: it was stopped; ``error.scores`` has the sites measured so far, ``n`` saying on how many prompts.
@@ -66,6 +67,7 @@ def patch(
     if direction not in ("denoise", "noise"):
         raise OptionError(f"direction = {direction!r}", expected='"denoise" or "noise"')
     task = task if isinstance(task, Task) else Task.join(task)
+    check_task(model, task)
     places = read_places(task, positions)
     cells = [Cell(one, where) for one in read_patchable(model, sites) for where in places]
     pair = (task.corrupt, task.clean) if direction == "denoise" else (task.clean, task.corrupt)
@@ -121,4 +123,4 @@ def _table(cells: list[Cell], done: Sweep, with_position: bool) -> pd.DataFrame:
     se[several] = np.nanstd(effects[several], 1, ddof=1) / np.sqrt(n[several])
     frame = pd.DataFrame(rows).assign(score=score, metric=metric, se=se, n=n)
     frame["head"] = frame["head"].astype("Int64")
-    return frame[some].reset_index(drop=True)
+    return frame.loc[some].reset_index(drop=True)

@@ -100,13 +100,15 @@ def sweep(
         CapacityError: a single variant does not fit in memory.
     """
     columns = task.answers if metric.reads == "answers" else None
-    clean = _read(model, task, task.clean, None) if metric.reads == "clean" else None
+    clean = _read(model, task.clean, task.answer_positions, None) if metric.reads == "clean" else None
 
     def measure(logits: Tensor, rows: Tensor) -> Tensor:
         return metric(logits, task[rows], None if clean is None else clean[rows.to(clean.device)]).cpu()
 
     every = torch.arange(len(task))
-    ends = [measure(_read(model, task, ids, columns), every) for ids in (base, source)]
+    twice = None if columns is None else columns.repeat(2, 1)
+    both = _read(model, torch.cat([base, source]), task.answer_positions.repeat(2), twice)
+    ends = [measure(logits, every) for logits in both.split(len(task))]
     if abs(float((ends[1] - ends[0]).mean())) < 1e-6:
         raise MetricError(
             f'{metric.name} is {float(ends[0].mean()):.4g} on clean and corrupt prompts of "{task.name}" alike',
@@ -152,30 +154,31 @@ def _variants(
     if not len(todo):
         return
     prompts = group.pairs[:, 1].unique()
-    part = task[prompts]
-    window = slice(group.first, part.clean.shape[1])
+    length = int(task.lengths[prompts].max())
+    window = slice(group.first, length)
     keys = sorted({_key(cells[i].site) for i in group.pairs[:, 0].unique().tolist()}, key=lambda key: key[1])
-    given = model.backend.start(source[prompts, : window.stop], group.first, record=keys)
-    replay = model.backend.start(base[prompts, : window.stop], group.first)
+    # One run of both: the variants are of the first half, what is patched in is from the second.
+    both = torch.cat([base[prompts, :length], source[prompts, :length]])
+    replay = model.backend.start(both, group.first, record=keys)
 
     def run(pairs: Tensor) -> Tensor:
-        cell, prompt = pairs.unbind(1)
-        row = torch.searchsorted(prompts, prompt.contiguous())
-        depth = torch.tensor([keys.index(_key(cells[i].site)) for i in cell.tolist()])
+        depth = torch.tensor([keys.index(_key(cells[i].site)) for i in pairs[:, 0].tolist()])
         order = depth.argsort(stable=True)  # the engine takes layers in order
-        writes = []
-        for at in depth.unique().tolist():
-            these = (depth == at).nonzero()[:, 0]
-            where = torch.stack([masks[cells[cell[i]].positions][prompt[i], window] for i in these.tolist()])
-            writes.append(_write(keys[at], [cells[i].site for i in cell[these].tolist()], given, row[these], where))
-        some = None if columns is None else part.answers[row[order]]
-        logits = replay.resume(writes, Read(part.answer_positions[row[order]], some))
-        return logits[order.argsort().to(logits.device)]
+        chosen, prompt = [cells[i] for i in pairs[order, 0].tolist()], pairs[order, 1]
+        row = torch.searchsorted(prompts, prompt.contiguous())
+        where = torch.stack([masks[one.positions][i, window] for one, i in zip(chosen, prompt.tolist(), strict=True)])
+        writes, begin = [], 0
+        for at, count in zip(*(found.tolist() for found in depth.unique(return_counts=True)), strict=True):
+            part = slice(begin, begin + count)
+            writes.append(_write(keys[at], chosen[part], replay, row[part], len(prompts), where[part]))
+            begin += count
+        read = Read(task.answer_positions[prompt], None if columns is None else columns[prompt])
+        return replay.resume(writes, read)[order.argsort().to(model.info.device)]
 
     at_once = kept.rows[number] or replay.rows(whole=columns is None)
     for pairs, logits, rows in in_batches(todo, at_once, run):
         kept.rows[number] = rows
-        yield *pairs.T, logits
+        yield pairs[:, 0], pairs[:, 1], logits
 
 
 def _groups(task: Task, cells: Sequence[Cell], masks: dict) -> list[_Group]:
@@ -208,12 +211,10 @@ def _of_size(first: int, pairs: Tensor, task: Task) -> list[_Group]:
     return [_Group(first, pairs[torch.isin(pairs[:, 1], some)]) for some in prompts.split(at_once)]
 
 
-def _read(model: Model, task: Task, ids: Tensor, columns: Tensor | None) -> Tensor:
-    """Logits at the answers ``[n, k]``, some prompts at a time."""
-    parts = torch.arange(len(task)).split(max(1, _BASE_TOKENS // ids.shape[1]))
-    read = [
-        model.read(ids[rows], task.answer_positions[rows], None if columns is None else columns[rows]) for rows in parts
-    ]
+def _read(model: Model, ids: Tensor, positions: Tensor, columns: Tensor | None) -> Tensor:
+    """Logits at one position a prompt ``[n, k]``, some prompts at a time."""
+    parts = torch.arange(len(ids)).split(max(1, _BASE_TOKENS // ids.shape[1]))
+    read = [model.read(ids[rows], positions[rows], None if columns is None else columns[rows]) for rows in parts]
     return torch.cat(read)
 
 
@@ -229,11 +230,14 @@ def _key(site: Site) -> tuple[str, int]:
     return ("z" if site.kind == "result" else site.kind, site.layer)
 
 
-def _write(key: tuple[str, int], sites: list[Site], given: Replay, row: Tensor, where: Tensor) -> Write:
-    values = given.recorded(*key)
+def _write(
+    key: tuple[str, int], cells: Sequence[Cell], replay: Replay, row: Tensor, source: int, where: Tensor
+) -> Write:
+    """What variants of the base prompts ``row`` get from their twins, which stand ``source`` rows below."""
+    values = replay.recorded(*key)[source:]
     row, where = row.to(values.device), where.to(values.device)
-    if sites[0].head is None:
+    if cells[0].site.head is None:
         return Write(*key, row, values[row], where)
-    heads = torch.tensor([site.head for site in sites], device=values.device)
+    heads = torch.tensor([cell.site.head for cell in cells], device=values.device)
     by_head = key[0] in ("pattern", "scores")
     return Write(*key, row, values[row, heads] if by_head else values[row, :, heads], where, heads)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..errors import OptionError, TaskError
-from .task import Task, group_ids
+from .layout import group_ids
+from .task import Task
 from .text import continuation
 
 if TYPE_CHECKING:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import MechkitWarning, TaskError
+from .layout import COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
     from ..model import Model
-
-COLUMNS = ("clean", "corrupt", "correct", "wrong")
 
 
 def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ falls on both sides; attention is one hue. Numbers that matter are printed, neve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,27 +31,36 @@ class Picture(Figure):
             return buffer.getvalue()
 
 
-def head_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
-    """Head scores, layers across and heads down, the ten largest with their numbers; ``mark`` gets a frame."""
+_DOWN = {"z": "head", "k": "head or group", "v": "head or group"}
+
+
+def site_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
+    """Scores of one kind of site, layers across, heads or positions down, the ten largest with their numbers.
+
+    ``mark``: (layer, head) pairs that get a frame.
+    """
     from matplotlib.patches import Rectangle
 
-    heads_only = replace(scores, frame=scores.frame[scores.frame["kind"] == "z"])
-    grid = heads_only.grid().T  # [heads, layers]
-    heads, layers = grid.shape
+    by_head = bool(scores.frame["head"].notna().all())
+    grid = scores.grid().T  # [heads or positions, layers]
+    rows, layers = grid.shape
     limit = float(np.nanmax(np.abs(grid))) or 1.0
-    figure = Picture(figsize=(max(5.0, 0.36 * layers + 1.6), max(2.2, 0.34 * heads + 1.0)), layout="constrained")
+    figure = Picture(figsize=(max(5.0, 0.36 * layers + 1.6), max(2.2, 0.34 * rows + 1.0)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
-    for layer, head, score in heads_only.top(10)[["layer", "head", "score"]].itertuples(index=False, name=None):
-        colour = "white" if abs(score) > 0.6 * limit else "black"
-        text = f"{score:.2f}".replace("0.", ".")
-        axes.text(layer, head, text, ha="center", va="center", fontsize=6.5, color=colour)
+    for place in np.argsort(-np.nan_to_num(np.abs(grid)).ravel(), kind="stable")[:10]:
+        row, layer = np.unravel_index(place, grid.shape)
+        if np.isnan(grid[row, layer]):
+            continue
+        colour = "white" if abs(grid[row, layer]) > 0.6 * limit else "black"
+        text = f"{grid[row, layer]:.2f}".replace("0.", ".")
+        axes.text(layer, row, text, ha="center", va="center", fontsize=6.5, color=colour)
     for layer, head in mark:
         axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.4))
     axes.set_xlabel("layer")
-    axes.set_ylabel("head")
+    axes.set_ylabel(_DOWN.get(scores.frame["kind"].iloc[0], "head") if by_head else "position")
     axes.set_xticks(range(0, layers, 1 if layers <= 16 else 2))
-    axes.set_yticks(range(0, heads, 1 if heads <= 16 else 4))
+    axes.set_yticks(range(0, rows, 1 if rows <= 20 else 4) if by_head or rows > 1 else [])
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label=scores.unit, pad=0.01).outline.set_visible(False)  # type: ignore[operator]

@@ -39,9 +39,13 @@ def patch_cell(
     layer: int,
     head: int | None = None,
     where: slice | int | Sequence[int] = slice(None),
+    given: Tensor | None = None,
 ) -> Tensor:
-    """Logits of the base prompts with one part, at some positions (queries), taken from the source prompts."""
-    given = value_of(model, source, kind, layer)
+    """Logits of the base prompts with one part, at some positions (queries), taken from the source prompts.
+
+    ``given`` is the part's value on the source prompts, where it is known already.
+    """
+    given = value_of(model, source, kind, layer) if given is None else given
 
     def change(own: Tensor) -> Tensor:
         if head is None:
