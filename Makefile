@@ -28,8 +28,9 @@ $(VENV)/.lab: $(VENV)/.runtime
 demo: $(VENV)/.runtime  ## which heads of SmolLM2-135M do indirect object identification?
 	$(BIN)/mechkit discover ioi --model smollm2-135m --n 24 --out $(OUT)
 
-test: $(VENV)/.dev  ## every test, the real model's among them
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## every test: tiny models side by side, then the real one with the whole machine
+	$(BIN)/python -m pytest -m "not real_model" --numprocesses=2
+	$(BIN)/python -m pytest -m real_model
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -79,6 +79,7 @@ def test_one_site_at_one_position_equals_one_forward(family, kind, place, positi
 
 
 @every_family
+@torch.no_grad()
 def test_every_position_of_several_sites_in_prompts_of_different_lengths(family):
     model = tiny(family)
     tasks = [tiny_task(n=2, length=9, seed=3), tiny_task(n=3, length=7, seed=4, first=1)]

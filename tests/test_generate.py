@@ -84,10 +84,9 @@ def test_the_real_model_writes_and_an_edit_changes_what_it_writes(smollm2):
     prompt = "When Mary and John went to the store, John gave a drink to"
     text = smollm2.generate(prompt, max_new_tokens=1)
     assert text == prompt + " Mary"
-    heads = "23.3 20.0 17.4 29.1 19.2 23.0"
-    assert smollm2.generate(prompt, max_new_tokens=1, edits=[mk.ablate(heads)]) != text
+    assert smollm2.generate(prompt, max_new_tokens=1, edits=[mk.ablate("m0")]) != text
     ids = smollm2.tokens(prompt)
-    for edits in ([mk.ablate(heads)], [mk.ablate("23.3", "uniform")], [mk.attend("20.0", mask=[0])]):
+    for edits in ([mk.ablate("m0 23.3")], [mk.ablate("23.3", "uniform")], [mk.attend("20.0", mask=[0])]):
         made = smollm2.generate(ids, max_new_tokens=5, edits=edits)
         run = lambda text, edits=edits: smollm2.run(text, edits=edits).logits  # noqa: E731
         assert torch.equal(made, literal.continue_by_rerunning(run, ids, 5))

@@ -132,3 +132,72 @@ def _no_scores():
     import pandas as pd
 
     return pd.DataFrame({"site": ["0.1"], "score": [1.0]})
+
+
+def test_sites_are_words_and_addresses_together():
+    model, task = tiny("llama"), tiny_task()
+    frame = mk.patch(model, task, "mlps 1.2 0.kv1.k embed 1.2", progress=False).frame
+    assert frame.site.tolist() == ["m0", "m1", "m2", "1.2", "0.kv1.k", "embed"]
+    assert len(mk.patch(model, task, "k v", progress=False)) == 2 * model.n_layers * model.n_kv_heads
+    assert len(mk.patch(tiny("gpt2"), task, "k", progress=False)) == 12
+
+
+def test_a_query_heads_key_is_patched_as_that_of_its_group():
+    frame = mk.patch(tiny("llama"), tiny_task(), "1.2.k 1.3.k 1.2.v", progress=False).frame
+    assert frame.site.tolist() == ["1.kv1.k", "1.kv1.v"]
+
+
+def test_patching_what_a_head_writes_is_patching_its_output():
+    frame = mk.patch(tiny("llama"), tiny_task(), "1.2 1.2.result", progress=False).frame
+    assert frame.score[0] == pytest.approx(frame.score[1], abs=1e-6)
+    assert frame.kind.tolist() == ["z", "result"]
+
+
+def test_a_pattern_at_a_position_is_that_of_the_query():
+    model, task = tiny("gpt2"), tiny_task(first=2)
+    frame = mk.patch(model, task, "0.1.pattern", positions="each", progress=False).frame
+    assert (frame.score[:2] == 0).all()
+    assert (frame.score[2:] != 0).any()
+
+
+def test_several_tasks_are_measured_together():
+    model = tiny("llama")
+    tasks = [tiny_task(n=3, length=9, seed=3), tiny_task(n=2, length=7, seed=4, first=2)]
+    together = mk.patch(model, tasks, "heads resid.3", positions="END", progress=False)
+    apart = [mk.patch(model, task, "heads resid.3", positions="END", progress=False).frame.metric for task in tasks]
+    expected = (3 * apart[0] + 2 * apart[1]) / 5
+    pd.testing.assert_series_equal(together.frame.metric, expected, atol=TOLERANCE)
+    assert (together.frame.n == 5).all()
+    assert [one["n"] for one in together.meta["task"]["made"]["tasks"]] == [3, 2]
+
+
+def test_a_family_without_a_site_says_which(monkeypatch):
+    model = mk.load((plain("llama", seed=1), None), device="cpu")
+    hooks = dict(model.backend.sites._points)
+    del hooks["blocks.1.attn.hook_q"]
+    monkeypatch.setattr(model.backend.sites, "_points", hooks)
+    with pytest.raises(UnsupportedError, match="no site of kind 'q' in layer 1"):
+        mk.patch(model, tiny_task(), "q", progress=False)
+
+
+def test_patterns_that_cannot_be_changed_are_refused(monkeypatch):
+    from mechkit.backends import hooks
+
+    model = mk.load((plain("opt", seed=1), None), device="cpu")
+    monkeypatch.setattr(hooks, "_SOFTMAX", ())
+    with pytest.raises(UnsupportedError, match="no site of kind 'pattern' in layer 0"):
+        model.run(tiny_task().clean, edits=[mk.ablate("0.1", "uniform")])
+
+
+def test_a_bridge_that_gives_other_logits_is_refused(monkeypatch):
+    from mechkit.backends import bridge
+
+    own, calls = bridge._last_logits, []
+
+    def last_logits(model):
+        calls.append(model)
+        return own(model) + (0.5 if len(calls) > 1 else 0.0)
+
+    monkeypatch.setattr(bridge, "_last_logits", last_logits)
+    with pytest.raises(UnsupportedError, match="other logits"):
+        mk.load((plain("llama", seed=1), None), device="cpu")

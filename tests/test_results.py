@@ -95,3 +95,26 @@ def test_tokens_can_be_read_on_an_axis(token, shown):
     from mechkit.view.figures import visible
 
     assert visible(token) == shown
+
+
+def test_the_grid_is_of_one_kind():
+    model, task = tiny("llama"), tiny_task(n=3)
+    scores = mk.patch(model, task, "q patterns mlps k", progress=False)
+    with pytest.raises(OptionError, match="one of q, pattern, mlp, k"):
+        scores.grid()
+    assert scores.grid("pattern").shape == (3, 4)
+    assert scores.grid("k").shape == (3, 2)
+    assert scores.grid("mlp").shape == (3, 1)
+    row = scores.frame[scores.frame.site == "2.kv1.k"].iloc[0]
+    assert scores.grid("k")[2, 1] == row.score
+
+
+def test_the_grid_of_the_residual_has_positions_across():
+    scores = mk.patch(tiny("llama"), tiny_task(n=3), "resid", positions="each", progress=False)
+    grid = scores.grid()
+    assert grid.shape == (4, 9)
+    for row in scores.frame.itertuples():
+        assert grid[row.layer, row.position] == row.score
+    assert len(scores.plot().axes[0].images[0].get_array()) == 9
+    with pytest.raises(OptionError, match="several positions a head"):
+        mk.patch(tiny("llama"), tiny_task(n=3), "heads", positions="each", progress=False).grid()
