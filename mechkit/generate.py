@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import MechkitError, OptionError, PromptError
+from .library import quiet_library
 from .prompts import Prompts, as_batch
 from .tasks.task import Task
 from .tasks.text import pad_right
@@ -45,7 +46,8 @@ def continued(
         these = (lengths == length).nonzero()[:, 0]
         some = [_of_rows(edit, these, len(ids)) for edit in resolved] if len(these) < len(ids) else resolved
         try:
-            made = model.backend.generate(ids[these, :length], some, given)
+            with quiet_library():
+                made = model.backend.generate(ids[these, :length], some, given)
         except (TypeError, ValueError) as error:
             if isinstance(error, MechkitError):
                 raise

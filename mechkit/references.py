@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .backends.change import Window
 from .backends.protocol import Read
+from .backends.window import Window
 from .edits import Ablate, Edit, PatchIn
 from .errors import EditError
 from .sites import Site

@@ -104,6 +104,15 @@ def test_patching_everything_is_the_source_run(family):
         assert frame.score[0] == pytest.approx(1, abs=TOLERANCE), site
 
 
+@every_family
+def test_setting_every_part_to_its_value_on_another_prompt_is_that_prompts_run(family):
+    model, task = tiny(family), tiny_task()
+    parts = ["embed", *map(str, model.heads()), *(f"m{layer}" for layer in range(model.n_layers))]
+    clean = model.run(task.clean, record=parts)
+    run = model.run(task.corrupt, edits=[mk.patch_in(parts, {part: clean[part] for part in parts})])
+    torch.testing.assert_close(run.logits, clean.logits, atol=1e-5, rtol=0)
+
+
 @functools.cache
 def sites_of(family: str) -> str:
     keys = "1.kv0.k 2.kv0.v" if tiny(family).info.grouped else "1.1.k 2.0.v"

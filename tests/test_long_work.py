@@ -232,5 +232,11 @@ def test_the_measured_bytes_of_a_block_cover_what_it_holds():
 def test_the_checkpoint_says_what_it_is_of(tmp_path):
     patch(checkpoint=tmp_path / "sweep")
     with np.load(tmp_path / "sweep") as file:
-        assert set(json.loads(str(file["identity"]))) == {"model", "prompts", "metric", "sites and positions"}
+        assert set(json.loads(str(file["identity"]))) == {
+            "mechkit",
+            "model",
+            "prompts",
+            "metric",
+            "sites and positions",
+        }
     assert [one.name for one in tmp_path.iterdir()] == ["sweep"]

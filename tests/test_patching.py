@@ -11,6 +11,8 @@ from reference import patching as literal
 import mechkit as mk
 from mechkit.backends import memory
 from mechkit.errors import MetricError, OptionError, SiteError, TaskError, UnsupportedError
+from mechkit.patching import groups
+from mechkit.patching.cells import Cell, covered
 
 TOLERANCE = 1e-4
 
@@ -201,3 +203,25 @@ def test_a_bridge_that_gives_other_logits_is_refused(monkeypatch):
     monkeypatch.setattr(bridge, "_last_logits", last_logits)
     with pytest.raises(UnsupportedError, match="other logits"):
         mk.load((plain("llama", seed=1), None), device="cpu")
+
+
+@pytest.mark.parametrize("few", [1, 8, 1000])
+@pytest.mark.parametrize("base_tokens", [1, 40, 10**6])
+def test_groups_hold_every_variant_once_and_begin_early_enough(monkeypatch, few, base_tokens):
+    monkeypatch.setattr(groups, "_FEW", few)
+    task = mk.Task.join([tiny_task(n=3, length=9), tiny_task(n=2, length=7, seed=4, first=1)])
+    sites = mk.sites.sites("2.1 0.0 m1 resid.3 0.1.pattern")
+    cells = [Cell(site, where) for site in sites for where in (None, 0, 2, 5, 8, "END")]
+    masks = {cell.positions: covered(task, cell.positions) for cell in cells}
+    found = groups.grouped(task, cells, masks, base_tokens)
+    pairs = torch.cat([group.pairs for group in found])
+    assert len(pairs.unique(dim=0)) == len(pairs)
+    assert len(pairs) == sum(int(masks[cell.positions].any(1).sum()) for cell in cells)
+    for group in found:
+        for cell, prompt in group.pairs.tolist():
+            assert group.first <= int(masks[cells[cell].positions][prompt].int().argmax())
+        layers = [cells[cell].site.layer for cell in group.pairs[:, 0].tolist()]
+        assert layers == sorted(layers)
+        prompts = group.pairs[:, 1].unique()
+        assert len(prompts) == 1 or 2 * len(prompts) * int(task.lengths[prompts].max()) <= base_tokens
+    assert len(found) > 3 or few > 1 or base_tokens > 40

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..edits import Ablate, Attend
 from ..errors import EditError
 from ..sites import Site
-from .change import Change, Window, fitted, part_of, visible
+from .window import Change, Window, fitted, part_of, visible
 
 
 def attended(edit: Attend | Ablate, sites: list[Site], window: Window) -> dict[str, Change]:

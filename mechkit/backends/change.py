@@ -2,17 +2,15 @@
 
 1. An edit becomes functions, one for each kind of site and layer that it has to see. Each takes a tensor it may write
    to, in the layouts of ``protocol``, and gives it back.
-2. A ``Window`` says which positions of the prompt are being computed: all of them, or, while generating, only those
-   that are not in the cache yet. Positions of an edit are looked up in it.
+2. Positions of an edit are looked up in a ``Window``.
 3. What the model hides from a query stays hidden: a score at the mask's value keeps it, whatever the edit.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,44 +18,9 @@ from torch import Tensor
 from ..edits import Ablate, Attend, Edit, PatchIn, Scale, Steer
 from ..errors import EditError
 from ..sites import Site
+from .attend import attended
 from .protocol import ModelInfo
-
-Change: TypeAlias = "Callable[[Tensor], Tensor]"
-Key: TypeAlias = "tuple[str, int]"
-BY_HEAD = ("pattern", "scores")  # [batch, heads, query, key]; other kinds have their positions on axis 1
-
-
-@dataclass
-class Window:
-    """The positions that a call of the model computes.
-
-    Attributes:
-        lengths: tokens of each prompt, padding not counted ``[batch]``.
-        first: position of the first one computed.
-        growing: more positions will come, so that one that lies beyond the end is not an error yet.
-    """
-
-    lengths: Tensor
-    first: int = 0
-    growing: bool = False
-
-    def rows(self, positions: Sequence[int], width: int, what: str) -> tuple[Tensor, Tensor]:
-        """Where positions stand in a tensor that is ``width`` positions wide.
-
-        Returns:
-            Rows ``[batch, found]``, and which of ``positions`` these are ``[found]``.
-
-        Raises:
-            EditError: a position outside a prompt.
-        """
-        wanted = torch.tensor(positions, device=self.lengths.device)[None]
-        absolute = torch.where(wanted < 0, wanted + self.lengths[:, None], wanted)
-        outside = (absolute < 0) | (absolute >= self.lengths[:, None])
-        if bool(outside.any()) and not self.growing:
-            row, column = outside.nonzero()[0].tolist()
-            raise EditError(f"Position {positions[column]} of {what} in a prompt of {int(self.lengths[row])} tokens")
-        here = ((absolute >= self.first) & (absolute < self.first + width)).all(0).nonzero()[:, 0]
-        return (absolute - self.first)[:, here], here
+from .window import BY_HEAD, Change, Key, Window, fitted, part_of, visible
 
 
 def changed(edits: Sequence[Edit], info: ModelInfo, window: Window) -> dict[Key, list[Change]]:
@@ -66,8 +29,6 @@ def changed(edits: Sequence[Edit], info: ModelInfo, window: Window) -> dict[Key,
     Raises:
         SiteError: an address this model does not have.
     """
-    from .attend import attended
-
     steps: dict[Key, list[Change]] = defaultdict(list)
     for edit in edits:
         places: dict[Key, list[Site]] = defaultdict(list)
@@ -99,17 +60,6 @@ def in_order(changes: Sequence[Change], kind: str) -> Change:
     return change
 
 
-def part_of(mask: Tensor, first: int, width: int) -> Tensor:
-    """A mask over a prompt's positions ``[batch, pos]`` cut to some of them, False beyond its end."""
-    part = mask[:, first : first + width]
-    return torch.nn.functional.pad(part, (0, width - part.shape[1]))
-
-
-def visible(scores: Tensor) -> Tensor:
-    """Which scores are not the mask's: ``[batch, heads, query, key]``, boolean."""
-    return scores > torch.finfo(scores.dtype).min / 2
-
-
 def _at(edit: Edit, sites: list[Site], info: ModelInfo, window: Window) -> Change:
     def change(tensor: Tensor) -> Tensor:
         by_head = sites[0].kind in BY_HEAD
@@ -127,7 +77,7 @@ def _at(edit: Edit, sites: list[Site], info: ModelInfo, window: Window) -> Chang
             else:
                 index = (slice(None), *slot) if by_head else (slice(None), slice(None), *slot)
             old = tensor[index]
-            new = _new(edit, site, old, found)
+            new = _new(edit, site, old, found, window.growing)
             if isinstance(edit.positions, Tensor):
                 where = part_of(edit.positions, window.first, width).to(tensor.device)
                 new = torch.where(where.view(*where.shape, *[1] * (old.ndim - 2)), new, old)
@@ -137,16 +87,16 @@ def _at(edit: Edit, sites: list[Site], info: ModelInfo, window: Window) -> Chang
     return change
 
 
-def _new(edit: Edit, site: Site, old: Tensor, found: Tensor | None) -> Tensor:
+def _new(edit: Edit, site: Site, old: Tensor, found: Tensor | None, growing: bool) -> Tensor:
     match edit:
         case Ablate(mode="zero"):
             return torch.zeros_like(old)
         case Scale(alpha=alpha):
             return old * alpha
         case PatchIn(values=values):
-            return fitted(_of_found(values[site], edit, found), old, site)
+            return fitted(_of_found(values[site], edit, found), old, site, growing)
         case Steer(vector=vector, alpha=alpha):
-            return old + alpha * fitted(_of_found(vector, edit, found), old, site)
+            return old + alpha * fitted(_of_found(vector, edit, found), old, site, growing)
     raise EditError(f"{type(edit).__name__} with mode {getattr(edit, 'mode', None)!r} has not been given its values")
 
 
@@ -156,22 +106,3 @@ def _of_found(values: Any, edit: Edit, found: Tensor | None) -> Any:
         return values
     one_each = values.ndim > 1 and values.shape[-2] == len(edit.positions) != len(found)
     return values[..., found.to(values.device), :] if one_each else values
-
-
-def fitted(values: object, old: Tensor, site: Site) -> Tensor:
-    """Values spread to a tensor's shape.
-
-    Raises:
-        EditError: they do not broadcast to it, or are not numbers.
-    """
-    try:
-        values = torch.as_tensor(values).to(old)
-    except (TypeError, ValueError, RuntimeError):
-        raise EditError(f'A value of type {type(values).__name__} for "{site}"', expected="a tensor") from None
-    try:
-        return values.expand_as(old)
-    except RuntimeError:
-        raise EditError(
-            f'A value of shape {list(values.shape)} for "{site}"',
-            expected=f"what broadcasts to {list(old.shape)}",
-        ) from None

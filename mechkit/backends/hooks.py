@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedError
-from .change import BY_HEAD, Key
 from .protocol import ModelInfo
+from .window import BY_HEAD, Key
 
 Function: TypeAlias = "Callable[[Tensor], Tensor | None]"
 

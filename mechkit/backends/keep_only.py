@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .change import Change
 from .memory import in_batches
 from .protocol import Keep, Read
 from .replay import LensReplay
+from .window import Change
 
 if TYPE_CHECKING:
     from .lens import LensBackend

@@ -19,13 +19,16 @@ from torch import Tensor
 from ..edits import Edit
 from ..errors import EditError
 from ..sites import Site
-from .change import Key, Window, changed, in_order
+from .change import changed, in_order
 from .hooks import Function, Hooks
 from .keep_only import keep_only
-from .memory import rows_at_once
+from .memory import fitting, rows_at_once
 from .protocol import Forward, Keep, ModelInfo, Read
 from .readout import Readout
 from .replay import LensReplay
+from .window import Key, Window
+
+_BASE_TOKENS = 2048  # more would not be faster
 
 
 class LensBackend:
@@ -137,6 +140,12 @@ class LensBackend:
             self._row_bytes[shape] = replay.check()
         replay.row_bytes = self._row_bytes[shape]
         return replay
+
+    def base_tokens(self) -> int:
+        """How many tokens one base run may be; see ``Backend.base_tokens``."""
+        parameter = next(self.hf.parameters())
+        kept = 2 * (self.info.n_layers + 1) * self.info.d_model * parameter.element_size()  # residuals, recordings
+        return fitting(kept, parameter.device, _BASE_TOKENS)
 
     def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
         """Runs in which only some heads are left in; see ``Backend.keep_only``."""

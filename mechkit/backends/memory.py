@@ -61,8 +61,13 @@ def rows_at_once(row_bytes: int, tokens: int, device: torch.device) -> int:
         device: where they run.
     """
     useful = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"]) // max(1, tokens)
-    fitting = free_bytes(device) // 2 // max(1, row_bytes)
-    return 1 << (max(1, min(useful, fitting)).bit_length() - 1)
+    return fitting(row_bytes, device, useful)
+
+
+def fitting(each: int, device: torch.device, at_most: int) -> int:
+    """How many things of ``each`` bytes fit in half of the free memory, a power of two, at least 1."""
+    room = free_bytes(device) // 2 // max(1, each)
+    return 1 << (max(1, min(at_most, room)).bit_length() - 1)
 
 
 class OutputBytes(TorchDispatchMode):

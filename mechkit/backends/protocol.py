@@ -186,6 +186,10 @@ class Backend(Protocol):
         """A base run whose variants all agree with it before position ``first``."""
         ...
 
+    def base_tokens(self) -> int:
+        """How many tokens one base run may be; all of its residuals are kept."""
+        ...
+
     def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
         """Logits ``[sets, batch, k]`` of runs in which only the heads of a set are left in."""
         ...

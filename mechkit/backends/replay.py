@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .change import BY_HEAD, Change
 from .hooks import TOLERANCE
-from .memory import OutputBytes, rows_at_once
+from .memory import OutputBytes, ran_out, rows_at_once
 from .protocol import Read, Write
+from .window import BY_HEAD, Change
 
 if TYPE_CHECKING:
     from .lens import LensBackend
@@ -116,6 +116,8 @@ class LensReplay:
                     resid = self._block(layer, resid, rows)
                 off = float((self.backend.bridge.ln_final(resid) - own).abs().max())
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+            if ran_out(error):
+                raise
             raise UnsupportedError(
                 f"The blocks of {info.name} ({info.family}) cannot be run one by one: {error}",
                 fix="Patch one site at a time with model.run(..., edits=[mk.patch_in(...)])",

@@ -10,6 +10,7 @@ Give it prompts that the circuit will not be evaluated on: ``found, held_out = t
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import OptionError
@@ -34,6 +35,7 @@ def discover(
     size: int = 13,
     min_share: float = 0.2,
     direction: Literal["denoise", "noise"] = "denoise",
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Circuit:
     """The sites that carry out a behaviour.
@@ -46,6 +48,7 @@ def discover(
         size: the largest number of nodes.
         min_share: leave out sites whose effect is below this share of the largest one's (0: fill up to ``size``).
         direction: of the patches, ``"denoise"`` or ``"noise"``.
+        checkpoint: a file that keeps what is done, and from which the same call goes on; see ``mk.patch``.
         progress: show a bar.
 
     Returns:
@@ -61,7 +64,7 @@ def discover(
         raise OptionError(f"size = {size!r}", expected="a whole number from 1")
     if not 0 <= min_share <= 1:
         raise OptionError(f"min_share = {min_share!r}", expected="a share from 0 to 1")
-    scores = patch(model, task, sites, direction=direction, progress=progress)
+    scores = patch(model, task, sites, direction=direction, checkpoint=checkpoint, progress=progress)
     effect = dict(zip(scores.frame.site, scores.frame.score.abs(), strict=True))
     least = min_share * max(effect.values())
     nodes = tuple(node for node in scores.ranked()[:size] if effect[str(node)] >= least)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 WORDS = ("heads", "q", "k", "v", "patterns", "scores", "mlps", "resid", "embed")
+_KINDS = {  # of every word that is understood
+    "heads": "z",
+    "z": "z",
+    "q": "q",
+    "k": "k",
+    "v": "v",
+    "patterns": "pattern",
+    "pattern": "pattern",
+    "scores": "scores",
+    "mlps": "mlp",
+    "mlp": "mlp",
+    "resid": "resid",
+    "embed": "embed",
+}
 Place: TypeAlias = "str | int | None"
 PositionsLike: TypeAlias = "str | int | Sequence[int]"
 
@@ -46,7 +61,9 @@ def read_patchable(model: Model, wanted: SitesLike) -> list[Site]:
     """
     if isinstance(wanted, str):
         words = wanted.replace(",", " ").split()
-        found = [one for word in words for one in (_of_word(model, word) if word in WORDS else read_sites(word))]
+        found = [
+            one for word in words for one in (_of_kind(model, _KINDS[word]) if word in _KINDS else read_sites(word))
+        ]
     else:
         found = list(read_sites(wanted))
     if not found:
@@ -57,18 +74,14 @@ def read_patchable(model: Model, wanted: SitesLike) -> list[Site]:
     return chosen
 
 
-def _of_word(model: Model, word: str) -> list[Site]:
-    layers = range(model.n_layers)
-    if word == "embed":
+def _of_kind(model: Model, kind: str) -> list[Site]:
+    if kind == "embed":
         return [Site(-1, None, "embed")]
-    if word == "mlps":
-        return [Site(layer, None, "mlp") for layer in layers]
-    if word == "resid":
-        return [Site(layer, None, "resid") for layer in range(model.n_layers + 1)]
-    kind = {"heads": "z", "patterns": "pattern"}.get(word, word)
+    if kind in ("mlp", "resid"):
+        return [Site(layer, None, kind) for layer in range(model.n_layers + (kind == "resid"))]
     grouped = kind in ("k", "v") and model.info.grouped
     count = model.n_kv_heads if grouped else model.n_heads
-    return [Site(layer, head, kind, grouped) for layer in layers for head in range(count)]
+    return [Site(layer, head, kind, grouped) for layer in range(model.n_layers) for head in range(count)]
 
 
 def read_places(task: Task, positions: PositionsLike | Iterable[int]) -> list[Place]:
@@ -86,8 +99,11 @@ def read_places(task: Task, positions: PositionsLike | Iterable[int]) -> list[Pl
             return list(range(width))
         task.span(positions)
         return [positions]
-    chosen = list(positions) if isinstance(positions, Iterable) else [positions]
-    if not chosen or not all(isinstance(p, int) and not isinstance(p, bool) and 0 <= p < width for p in chosen):
+    try:
+        chosen = [index(p) for p in (positions if isinstance(positions, Iterable) else [positions])]
+    except TypeError:
+        chosen = []
+    if not chosen or not all(0 <= p < width for p in chosen):
         raise OptionError(
             f"positions = {positions!r}",
             expected=f'"all", "each", a span, or positions from 0 to {width - 1}',

@@ -3,8 +3,8 @@
 1. It says which sweep it belongs to: model, prompts, metric, cells. A file of another sweep is an error, never mixed
    in and never overwritten.
 2. It is written anew beside the old one and put in its place, so that a kill at any moment leaves a whole file.
-3. It keeps how many rows each group of the sweep ran at once: going on with the same number gives the same numbers
-   to the last bit.
+3. It keeps how prompts were grouped and how many variants of each group ran at once: going on in the same way gives
+   the same numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._version import __version__
 from ..errors import StorageError
 from ..results import write_whole
 
@@ -40,6 +41,7 @@ def fingerprint(
     spans = [text for name in sorted(task.spans) for text in (name, task.spans[name].tolist())]
     prompts = [base.tolist(), source.tolist(), task.answers.tolist(), task.lengths.tolist(), spans]
     return {
+        "mechkit": __version__,
         "model": f"{model.name} {model.weights_hash} {model.info.dtype}",
         "prompts": _digest(prompts),
         "metric": metric.name,
@@ -57,18 +59,24 @@ class Checkpoint:
     Args:
         path: the file; None: nothing is kept.
         identity: as from ``fingerprint``.
-        values: metric of every cell and prompt ``[cells, n]``; filled in from the file.
-        done: which of them are final; filled in from the file.
-        groups: how many groups of prompts the sweep has.
+        tensors: what is kept, by name; filled in from the file.
+        base_tokens: of one base run, by which prompts are grouped.
+
+    Attributes:
+        base_tokens: as given, or as it was when the file was begun.
+        rows: how many variants run at once, by the number of their group.
 
     Raises:
         StorageError: the file is another sweep's, or no checkpoint at all, or cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, identity: Mapping[str, str], values: Tensor, done: Tensor, groups: int):
-        self._path = None if path is None else Path(path)
-        self._identity, self._values, self.done = dict(identity), values, done
-        self.rows = [0] * groups
+    def __init__(
+        self, path: str | Path | None, identity: Mapping[str, str], tensors: Mapping[str, Tensor], base_tokens: int
+    ):
+        self._path = None if path is None else Path(path).expanduser()
+        self._identity, self._tensors = dict(identity), dict(tensors)
+        self.base_tokens = base_tokens
+        self.rows: dict[int, int] = {}
         self._written = 0.0
         if self._path is not None:
             if self._path.exists():
@@ -87,12 +95,13 @@ class Checkpoint:
 
         def write(target: Path) -> None:
             with target.open("wb") as file:
+                tensors: dict[str, Any] = {name: tensor.numpy() for name, tensor in self._tensors.items()}
                 np.savez(
                     file,
                     identity=np.array(json.dumps(self._identity)),
-                    values=self._values.numpy(),
-                    done=self.done.numpy(),
-                    rows=np.array(self.rows, dtype=np.int64),
+                    **tensors,
+                    base_tokens=np.array(self.base_tokens),
+                    rows=np.array(list(self.rows.items()), dtype=np.int64).reshape(-1, 2),
                 )
 
         write_whole(self._path, write)
@@ -102,17 +111,17 @@ class Checkpoint:
         try:
             with np.load(path, allow_pickle=False) as file:
                 identity = json.loads(str(file["identity"]))
-                values, done = torch.from_numpy(file["values"]), torch.from_numpy(file["done"])
-                rows = file["rows"].tolist()
+                tensors = {name: torch.from_numpy(file[name]) for name in self._tensors}
+                rows, base_tokens = dict(file["rows"].tolist()), int(file["base_tokens"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise StorageError(
                 f"{path} could not be read as a checkpoint: {error}", fix="Give another path, or remove the file"
             ) from error
         if other := [key for key, value in self._identity.items() if identity.get(key) != value]:
             raise StorageError(
-                f"{path} is the checkpoint of another sweep: its {' and '.join(other)} differ",
+                f"{path} is the checkpoint of another sweep: its {', '.join(other)} differ",
                 fix="Give another path, or remove the file",
             )
-        self._values.copy_(values)
-        self.done.copy_(done)
-        self.rows = rows
+        for name, tensor in tensors.items():
+            self._tensors[name].copy_(tensor)
+        self.rows, self.base_tokens = rows, base_tokens

@@ -17,7 +17,7 @@ A cell is one site of one prompt at some positions, taken from the source run in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,16 +30,13 @@ from ..backends.memory import in_batches
 from ..backends.protocol import Read, Replay, Write
 from ..errors import MetricError
 from ..metrics import Metric
-from ..sites import Site
-from .cells import Cell, covered
+from .cells import Cell, Place, covered
 from .checkpoint import Checkpoint, fingerprint
+from .groups import Group, grouped, written_at
 
 if TYPE_CHECKING:
     from ..model import Model
     from ..tasks.task import Task
-
-_FEW = 32  # variants that are not worth a base run of their own
-_BASE_TOKENS = 4096  # of one base run; every block's residual of them is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +57,21 @@ class Sweep:
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
-    """Variants that run together.
+class _Work:
+    """What is swept; see ``sweep``.
 
     Attributes:
-        first: the first position that runs.
-        pairs: cell and prompt of each variant ``[variants, 2]``, by layer.
+        masks: by place, the positions of each prompt that can change ``[n, pos]``.
+        columns: the logits that the metric reads ``[n, k]``; None for all.
     """
 
-    first: int
-    pairs: Tensor
+    model: Model
+    task: Task
+    cells: Sequence[Cell]
+    base: Tensor
+    source: Tensor
+    masks: Mapping[Place, Tensor]
+    columns: Tensor | None
 
 
 def sweep(
@@ -108,7 +110,7 @@ def sweep(
     every = torch.arange(len(task))
     twice = None if columns is None else columns.repeat(2, 1)
     both = _read(model, torch.cat([base, source]), task.answer_positions.repeat(2), twice)
-    ends = [measure(logits, every) for logits in both.split(len(task))]
+    ends = torch.stack([measure(logits, every) for logits in both.split(len(task))])
     if abs(float((ends[1] - ends[0]).mean())) < 1e-6:
         raise MetricError(
             f'{metric.name} is {float(ends[0].mean()):.4g} on clean and corrupt prompts of "{task.name}" alike',
@@ -116,20 +118,23 @@ def sweep(
         )
     patched = ends[0].repeat(len(cells), 1)
     masks = {where: covered(task, where) & _may_differ(task) for where in {cell.positions for cell in cells}}
-    groups = _groups(task, cells, masks)
-    done = torch.ones(patched.shape, dtype=torch.bool)
-    for group in groups:
-        done[tuple(group.pairs.T)] = False
-    kept = Checkpoint(checkpoint, fingerprint(model, task, cells, base, source, metric), patched, done, len(groups))
+    work = _Work(model, task, cells, base, source, masks, columns)
+    done = ~torch.stack([masks[cell.positions].any(1) for cell in cells])
+    identity = fingerprint(model, task, cells, base, source, metric)
+    kept = Checkpoint(
+        checkpoint, identity, {"patched": patched, "done": done, "ends": ends}, model.backend.base_tokens()
+    )
     with tqdm(total=done.numel(), initial=int(done.sum()), desc="patching", unit="patch", disable=not progress) as bar:
         try:
-            for number, group in enumerate(groups):
-                some = _variants(model, task, cells, masks, base, source, group, kept, number, columns)
-                for cell, row, logits in some:
-                    patched[cell, row] = measure(logits, row)
-                    done[cell, row] = True
+            for number, group in enumerate(grouped(task, cells, masks, kept.base_tokens)):
+                todo = group.pairs[~done[tuple(group.pairs.T)]]
+                for pairs, logits, rows in _variants(work, group, todo, kept.rows.get(number)) if len(todo) else ():
+                    cell, prompt = pairs.unbind(1)
+                    patched[cell, prompt] = measure(logits, prompt)
+                    done[cell, prompt] = True
+                    kept.rows[number] = rows
                     kept.save_now_and_then()
-                    bar.update(len(cell))
+                    bar.update(len(pairs))
         except KeyboardInterrupt:
             pass  # what is done is returned
         finally:
@@ -137,36 +142,32 @@ def sweep(
     return Sweep(patched, done, *ends)
 
 
-def _variants(
-    model: Model,
-    task: Task,
-    cells: Sequence[Cell],
-    masks: dict,
-    base: Tensor,
-    source: Tensor,
-    group: _Group,
-    kept: Checkpoint,
-    number: int,
-    columns: Tensor | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Cell numbers, prompt numbers and logits ``[rows, k]``, batch by batch, of a group's variants still to be done."""
-    todo = group.pairs[~kept.done[tuple(group.pairs.T)]]
-    if not len(todo):
-        return
+def _variants(work: _Work, group: Group, todo: Tensor, rows: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Variants of a group ``[rows, 2]``, their logits ``[rows, k]``, and how many go on at once, batch by batch.
+
+    Args:
+        work: what is swept.
+        group: what runs together.
+        todo: those of its variants that are still to be done.
+        rows: how many at once; None: as many as fit.
+    """
+    model, task, cells, columns = work.model, work.task, work.cells, work.columns
     prompts = group.pairs[:, 1].unique()
     length = int(task.lengths[prompts].max())
     window = slice(group.first, length)
-    keys = sorted({_key(cells[i].site) for i in group.pairs[:, 0].unique().tolist()}, key=lambda key: key[1])
+    keys = sorted({written_at(cells[i].site) for i in group.pairs[:, 0].unique().tolist()}, key=lambda key: key[1])
     # One run of both: the variants are of the first half, what is patched in is from the second.
-    both = torch.cat([base[prompts, :length], source[prompts, :length]])
+    both = torch.cat([work.base[prompts, :length], work.source[prompts, :length]])
     replay = model.backend.start(both, group.first, record=keys)
 
     def run(pairs: Tensor) -> Tensor:
-        depth = torch.tensor([keys.index(_key(cells[i].site)) for i in pairs[:, 0].tolist()])
+        depth = torch.tensor([keys.index(written_at(cells[i].site)) for i in pairs[:, 0].tolist()])
         order = depth.argsort(stable=True)  # the engine takes layers in order
         chosen, prompt = [cells[i] for i in pairs[order, 0].tolist()], pairs[order, 1]
         row = torch.searchsorted(prompts, prompt.contiguous())
-        where = torch.stack([masks[one.positions][i, window] for one, i in zip(chosen, prompt.tolist(), strict=True)])
+        where = torch.stack(
+            [work.masks[one.positions][i, window] for one, i in zip(chosen, prompt.tolist(), strict=True)]
+        )
         writes, begin = [], 0
         for at, count in zip(*(found.tolist() for found in depth.unique(return_counts=True)), strict=True):
             part = slice(begin, begin + count)
@@ -175,45 +176,12 @@ def _variants(
         read = Read(task.answer_positions[prompt], None if columns is None else columns[prompt])
         return replay.resume(writes, read)[order.argsort().to(model.info.device)]
 
-    at_once = kept.rows[number] or replay.rows(whole=columns is None)
-    for pairs, logits, rows in in_batches(todo, at_once, run):
-        kept.rows[number] = rows
-        yield pairs[:, 0], pairs[:, 1], logits
-
-
-def _groups(task: Task, cells: Sequence[Cell], masks: dict) -> list[_Group]:
-    """Variants by where they begin and how long their prompts are, few ones together."""
-    active = {where: mask.any(1) for where, mask in masks.items()}
-    begins = {where: mask.int().argmax(1) for where, mask in masks.items()}
-    keys = torch.stack([torch.stack([begins[c.positions], task.lengths], 1) for c in cells])  # [cells, n, 2]
-    pairs = torch.stack([active[cell.positions] for cell in cells]).nonzero()
-    if not len(pairs):
-        return []
-    layers = torch.tensor([_key(cell.site)[1] for cell in cells])
-    pairs = pairs[(layers[pairs[:, 0]] * len(task) + pairs[:, 1]).argsort(stable=True)]
-    found, which = keys[tuple(pairs.T)].unique(dim=0, return_inverse=True)
-    groups: list[_Group] = []
-    waiting = pairs[:0]
-    first = 0
-    for number, (begin, _) in enumerate(found.tolist()):
-        first = first if len(waiting) else begin  # begins come in order
-        waiting = torch.cat([waiting, pairs[which == number]])
-        if len(waiting) >= _FEW or number == len(found) - 1:
-            groups += _of_size(first, waiting, task)
-            waiting = pairs[:0]
-    return groups
-
-
-def _of_size(first: int, pairs: Tensor, task: Task) -> list[_Group]:
-    """A group, or several where its prompts are too many for one base run."""
-    prompts = pairs[:, 1].unique()
-    at_once = max(1, _BASE_TOKENS // int(task.lengths[prompts].max()))
-    return [_Group(first, pairs[torch.isin(pairs[:, 1], some)]) for some in prompts.split(at_once)]
+    yield from in_batches(todo, rows or replay.rows(whole=columns is None), run)
 
 
 def _read(model: Model, ids: Tensor, positions: Tensor, columns: Tensor | None) -> Tensor:
     """Logits at one position a prompt ``[n, k]``, some prompts at a time."""
-    parts = torch.arange(len(ids)).split(max(1, _BASE_TOKENS // ids.shape[1]))
+    parts = torch.arange(len(ids)).split(max(1, model.backend.base_tokens() // ids.shape[1]))
     read = [model.read(ids[rows], positions[rows], None if columns is None else columns[rows]) for rows in parts]
     return torch.cat(read)
 
@@ -221,13 +189,6 @@ def _read(model: Model, ids: Tensor, positions: Tensor, columns: Tensor | None) 
 def _may_differ(task: Task) -> Tensor:
     """Positions from a prompt's first difference on ``[n, pos]``."""
     return torch.arange(task.clean.shape[1])[None] >= task.first_difference[:, None]
-
-
-def _key(site: Site) -> tuple[str, int]:
-    """What is written, and where: the embedding is all there is in the first residual, the result all there is of z."""
-    if site.kind == "embed":
-        return ("resid", 0)
-    return ("z" if site.kind == "result" else site.kind, site.layer)
 
 
 def _write(

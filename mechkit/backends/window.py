@@ -1,0 +1,84 @@
+"""Which positions a call of the model computes, and how values are laid on them.
+
+A run computes all positions of its prompts; while generating, a call computes those that are not in the cache yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import EditError
+from ..sites import Site
+
+Change: TypeAlias = "Callable[[Tensor], Tensor]"
+Key: TypeAlias = "tuple[str, int]"
+BY_HEAD = ("pattern", "scores")  # [batch, heads, query, key]; other kinds have their positions on axis 1
+
+
+@dataclass
+class Window:
+    """The positions that a call of the model computes.
+
+    Attributes:
+        lengths: tokens of each prompt, padding not counted ``[batch]``.
+        first: position of the first one computed.
+        growing: more positions will come, so that one that lies beyond the end is not an error yet.
+    """
+
+    lengths: Tensor
+    first: int = 0
+    growing: bool = False
+
+    def rows(self, positions: Sequence[int], width: int, what: str) -> tuple[Tensor, Tensor]:
+        """Where positions stand in a tensor that is ``width`` positions wide.
+
+        Returns:
+            Rows ``[batch, found]``, and which of ``positions`` these are ``[found]``.
+
+        Raises:
+            EditError: a position outside a prompt.
+        """
+        wanted = torch.tensor(positions, device=self.lengths.device)[None]
+        absolute = torch.where(wanted < 0, wanted + self.lengths[:, None], wanted)
+        outside = (absolute < 0) | (absolute >= self.lengths[:, None])
+        if bool(outside.any()) and not self.growing:
+            row, column = outside.nonzero()[0].tolist()
+            raise EditError(f"Position {positions[column]} of {what} in a prompt of {int(self.lengths[row])} tokens")
+        here = ((absolute >= self.first) & (absolute < self.first + width)).all(0).nonzero()[:, 0]
+        return (absolute - self.first)[:, here], here
+
+
+def part_of(mask: Tensor, first: int, width: int) -> Tensor:
+    """A mask over a prompt's positions ``[batch, pos]`` cut to some of them, False beyond its end."""
+    part = mask[:, first : first + width]
+    return torch.nn.functional.pad(part, (0, width - part.shape[1]))
+
+
+def visible(scores: Tensor) -> Tensor:
+    """Which scores are not the mask's: ``[batch, heads, query, key]``, boolean."""
+    return scores > torch.finfo(scores.dtype).min / 2
+
+
+def fitted(values: object, old: Tensor, site: Site, growing: bool = False) -> Tensor:
+    """Values spread to a tensor's shape.
+
+    Raises:
+        EditError: they do not broadcast to it, or are not numbers.
+    """
+    try:
+        values = torch.as_tensor(values).to(old)
+    except (TypeError, ValueError, RuntimeError):
+        raise EditError(f'A value of type {type(values).__name__} for "{site}"', expected="a tensor") from None
+    try:
+        return values.expand_as(old)
+    except RuntimeError:
+        raise EditError(
+            f'A value of shape {list(values.shape)} for "{site}"',
+            expected=f"what broadcasts to {list(old.shape)}",
+            fix="While generating, values of the prompt's positions need positions=range(...)" if growing else "",
+        ) from None
