@@ -205,10 +205,8 @@ def test_a_bridge_that_gives_other_logits_is_refused(monkeypatch):
         mk.load((plain("llama", seed=1), None), device="cpu")
 
 
-@pytest.mark.parametrize("few", [1, 8, 1000])
-@pytest.mark.parametrize("base_tokens", [1, 40, 10**6])
-def test_groups_hold_every_variant_once_and_begin_early_enough(monkeypatch, few, base_tokens):
-    monkeypatch.setattr(groups, "_FEW", few)
+@pytest.mark.parametrize("base_tokens", [1, 40, 400, 10**6])
+def test_groups_hold_every_variant_once_and_begin_early_enough(base_tokens):
     task = mk.Task.join([tiny_task(n=3, length=9), tiny_task(n=2, length=7, seed=4, first=1)])
     sites = mk.sites.sites("2.1 0.0 m1 resid.3 0.1.pattern")
     cells = [Cell(site, where) for site in sites for where in (None, 0, 2, 5, 8, "END")]
@@ -224,4 +222,4 @@ def test_groups_hold_every_variant_once_and_begin_early_enough(monkeypatch, few,
         assert layers == sorted(layers)
         prompts = group.pairs[:, 1].unique()
         assert len(prompts) == 1 or 2 * len(prompts) * int(task.lengths[prompts].max()) <= base_tokens
-    assert len(found) > 3 or few > 1 or base_tokens > 40
+    assert (len(found) == 1) == (base_tokens == 10**6)

@@ -1,7 +1,8 @@
 """Which variants of a sweep run together.
 
 1. Variants whose first changed position is the same, in prompts of the same length, share a base run from there on.
-2. Groups of a few variants are put together with the next one, which then begins as early as they do.
+2. Two such groups are put together where running the positions that only one of them needs costs less than a base run
+   of its own.
 3. A group with more prompts than one base run takes is cut.
 4. Within a group variants go by layer, so that a batch begins as late as it can.
 """
@@ -21,7 +22,7 @@ from .cells import Cell, Place
 if TYPE_CHECKING:
     from ..tasks.task import Task
 
-_FEW = 32  # variants that are not worth a base run of their own
+_SHARE = 8  # a base run takes about as long as this part of its largest size in variants' tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +57,18 @@ def grouped(task: Task, cells: Sequence[Cell], masks: Mapping[Place, Tensor], ba
     pairs = pairs[(layers[pairs[:, 0]] * len(task) + pairs[:, 1]).argsort(stable=True)]
     found, which = keys[tuple(pairs.T)].unique(dim=0, return_inverse=True)
     groups: list[Group] = []
-    first, waiting = 0, torch.zeros(len(pairs), dtype=torch.bool)
-    for number, (begin, _) in enumerate(found.tolist()):
-        first = first if bool(waiting.any()) else begin  # begins come in order
-        waiting |= which == number
-        if int(waiting.sum()) >= _FEW or number == len(found) - 1:
+    first, longest, waiting = 0, 0, torch.zeros(len(pairs), dtype=torch.bool)
+    for number, (begin, length) in enumerate(found.tolist()):  # begins come in order
+        these = which == number
+        more = max(0, length - longest) * int(waiting.sum())
+        more += (max(longest, length) - first - (length - begin)) * int(these.sum())
+        if bool(waiting.any()) and more > base_tokens // _SHARE:
             groups += _of_size(first, pairs[waiting], task, base_tokens)
             waiting = torch.zeros_like(waiting)
-    return groups
+        if not bool(waiting.any()):
+            first, longest = begin, 0
+        longest, waiting = max(longest, length), waiting | these
+    return groups + _of_size(first, pairs[waiting], task, base_tokens)
 
 
 def _of_size(first: int, pairs: Tensor, task: Task, base_tokens: int) -> list[Group]:

@@ -53,7 +53,7 @@ def site_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
         if np.isnan(grid[row, layer]):
             continue
         colour = "white" if abs(grid[row, layer]) > 0.6 * limit else "black"
-        text = f"{grid[row, layer]:.2f}".replace("0.", ".")
+        text = f"{grid[row, layer]:.{2 if limit > 0.1 else 3}f}".replace("0.", ".")
         axes.text(layer, row, text, ha="center", va="center", fontsize=6.5, color=colour)
     for layer, head in mark:
         axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.4))
@@ -63,7 +63,10 @@ def site_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
     axes.set_yticks(range(0, rows, 1 if rows <= 20 else 4) if by_head or rows > 1 else [])
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=scores.unit, pad=0.01).outline.set_visible(False)  # type: ignore[operator]
+    bar = figure.colorbar(image, ax=axes, pad=0.01)
+    bar.set_label(scores.unit, size=8 if rows > 5 else 6)
+    bar.ax.tick_params(labelsize=8 if rows > 5 else 6)
+    bar.outline.set_visible(False)  # type: ignore[operator]
     return figure
 
 
