@@ -79,6 +79,23 @@ def test_hooks_are_off_again_after_an_error_on_the_way(monkeypatch):
     assert torch.equal(model.run(ids).logits, model.run(ids).logits)
 
 
+def test_a_family_whose_cache_gives_something_else_goes_without():
+    """MPT's own generation with a cache gives other tokens than the whole text does."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MptConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=3, max_seq_len=64)
+    hub = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in hub.parameters():
+            parameter.normal_(0, 0.25)
+    model, ids = mk.load((hub, None), device="cpu"), tiny_task(n=3, length=6).clean
+    expected = literal.continue_by_rerunning(lambda text: model.run(text).logits, ids, 4)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, eos_token_id=None), expected)
+    assert model.backend._exact_cache is False
+    assert tiny("llama").backend._cache_is_exact()
+
+
 @pytest.mark.real_model
 def test_the_real_model_writes_and_an_edit_changes_what_it_writes(smollm2):
     prompt = "When Mary and John went to the store, John gave a drink to"

@@ -185,6 +185,17 @@ def test_a_single_variant_that_does_not_fit_says_so(monkeypatch):
         patch()
 
 
+def test_a_base_run_that_does_not_fit_says_so(monkeypatch):
+    def body(self, tokens, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    patch()  # the readout is checked already
+    monkeypatch.setattr("mechkit.backends.lens.LensBackend.body", body)
+    monkeypatch.setattr("mechkit.patching.sweep._read", lambda model, ids, at, columns: torch.randn(len(ids), 2))
+    with pytest.raises(CapacityError, match=r"base run of \d+ prompts of 9 tokens"):
+        patch()
+
+
 def test_evaluating_a_circuit_halves_its_batches_too(monkeypatch):
     model, task = tiny("llama"), tiny_task(n=4)
     circuit = mk.discover(model, task, size=3, progress=False)

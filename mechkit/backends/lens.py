@@ -4,7 +4,8 @@
    the functions off again, whatever happens.
 2. With ``read``, the body runs without the unembedding, and only the wanted columns are multiplied.
 3. ``generate`` is the Hub's own, with the functions hung up; before each of its steps they are told which positions
-   it computes. Edits that a longer prompt would carry out otherwise than a shorter one run without a cache.
+   it computes. Edits that a longer prompt would carry out otherwise than a shorter one run without a cache, and so
+   does a family whose cache does not give exactly what the whole text gives.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..edits import Edit
-from ..errors import EditError
+from ..errors import CapacityError, EditError, MechkitError, UnsupportedError, first_line
 from ..sites import Site
 from .change import changed, in_order
-from .hooks import Function, Hooks
+from .hooks import TOLERANCE, Function, Hooks
 from .keep_only import keep_only
-from .memory import fitting, rows_at_once
+from .memory import fitting, ran_out, rows_at_once
 from .protocol import Forward, Keep, ModelInfo, Read
 from .readout import Readout
 from .replay import LensReplay
@@ -59,6 +60,7 @@ class LensBackend:
         )
         self.sites = Hooks(bridge, self.info)
         self.readout = Readout(self.hf, self.info)
+        self._exact_cache: bool | None = None  # not tried out yet
         self._row_bytes: dict[tuple[int, ...], int] = {}  # by shape of a base run that passed its check
 
     def hooks(self, functions: Mapping[Key, Function]) -> AbstractContextManager[set[Key]]:
@@ -106,7 +108,7 @@ class LensBackend:
         tokens = tokens.to(self.info.device)
         window = Window(torch.full((len(tokens),), tokens.shape[1]), growing=True)
         functions = self._functions(edits, window)
-        cached = all(edit.grows for edit in edits)
+        cached = all(edit.grows for edit in edits) and self._cache_is_exact()
         # The Hub's default cache drops what a sliding window hides; patterns then have fewer keys than positions.
         cache = {"past_key_values": DynamicCache()} if cached else {"use_cache": False}
 
@@ -132,12 +134,33 @@ class LensBackend:
         return out
 
     def start(self, tokens: Tensor, first: int, record: Sequence[tuple[str, int]] = ()) -> LensReplay:
-        """A base run to begin variants from; see ``Backend.start``."""
+        """A base run to begin variants from; see ``Backend.start``.
+
+        Raises:
+            UnsupportedError: the family's blocks cannot be run one by one.
+            CapacityError: it does not fit in memory.
+        """
         self.check_readout()
-        replay = LensReplay(self, tokens.to(self.info.device), first, record)
         shape = (*tokens.shape, first)
-        if shape not in self._row_bytes:
-            self._row_bytes[shape] = replay.check()
+        try:
+            replay = LensReplay(self, tokens.to(self.info.device), first, record)
+            if shape not in self._row_bytes:
+                self._row_bytes[shape] = replay.check()
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            if isinstance(error, MechkitError):
+                raise
+            raise UnsupportedError(
+                f"{self.info.name} ({self.info.family}) cannot begin a run late: {first_line(error)}",
+                fix="Patch one site at a time with model.run(..., edits=[mk.patch_in(...)])",
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise CapacityError(
+                f"Memory ran out on the base run of {len(tokens)} prompts of {tokens.shape[1]} tokens: "
+                f"{first_line(error)}",
+                fix="Patch fewer sites at a time (patterns of long prompts are large), or shorter prompts",
+            ) from error
         replay.row_bytes = self._row_bytes[shape]
         return replay
 
@@ -163,6 +186,36 @@ class LensBackend:
     def check_readout(self) -> None:
         """See ``Readout.check``."""
         self.readout.check(lambda tokens: self.body(tokens, use_cache=False).last_hidden_state)
+
+    def _cache_is_exact(self) -> bool:
+        """Whether generating with a cache gives the logits of generating without; tried out once, on a few tokens."""
+        if self._exact_cache is None:
+            from transformers import DynamicCache
+
+            ids = torch.arange(1, min(6, self.info.d_vocab), device=self.info.device).expand(2, -1)
+            try:
+                with_cache, without = (
+                    self.hf.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=3,
+                        do_sample=False,
+                        eos_token_id=None,
+                        pad_token_id=0,
+                        output_logits=True,
+                        return_dict_in_generate=True,
+                        **how,
+                    ).logits
+                    for how in ({"past_key_values": DynamicCache()}, {"use_cache": False})
+                )
+                off = max(float((a - b).abs().max()) for a, b in zip(with_cache, without, strict=True))
+                largest = max(1.0, *(float(logits.abs().max()) for logits in without))
+                self._exact_cache = off <= TOLERANCE.get(self.hf.dtype, 1e-4) * largest
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+                if ran_out(error):
+                    raise
+                self._exact_cache = False
+        return self._exact_cache
 
     def _functions(self, edits: Sequence[Edit], window: Window) -> dict[Key, Function]:
         steps = changed(edits, self.info, window)
