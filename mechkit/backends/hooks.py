@@ -123,9 +123,14 @@ class Hooks:
 
     def _only_reports(self, layer: int) -> bool:
         if self._reporting is None:
-            self._reporting = frozenset()
-            self._reporting = frozenset(self._without_effect())
-            if self._reporting and (dead := self._without_effect()):
+            self._reporting = frozenset()  # what is tried out first
+            try:
+                self._reporting = frozenset(self._without_effect())
+                dead = self._without_effect() if self._reporting else []
+            except Exception:
+                self._reporting = None
+                raise
+            if dead:
                 self._reporting = None
                 raise self._none("pattern", dead[0], "attention with one softmax over its keys")
         return layer in self._reporting
