@@ -12,6 +12,7 @@ from torch import Tensor
 from .backends.protocol import Backend, ModelInfo, Read
 from .edits import Edit
 from .errors import PromptError, UnsupportedError
+from .graph import Graph
 from .prompts import as_batch
 from .run import Run
 from .sites import HeadSet, Site, SitesLike, sites
@@ -106,6 +107,15 @@ class Model:
             every = [Site(layer, head) for layer in range(self.n_layers) for head in range(self.n_heads)]
             return HeadSet(every, self.n_heads)
         return HeadSet([self.info.check(one) for one in sites(addresses)], self.n_heads)
+
+    def graph(self, ungrouped: bool = False) -> Graph:
+        """Every part that writes to the stream, every part that reads from it, and the edges between.
+
+        Args:
+            ungrouped: count keys and values for each query head, where heads share them.
+        """
+        info = self.info
+        return Graph(info.n_layers, info.n_heads, info.n_kv_heads, self.backend.parallel, ungrouped)
 
     # -- tokens -----------------------------------------------------------------------------------------------
 

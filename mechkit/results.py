@@ -1,4 +1,4 @@
-"""Scores: a tidy table over sites, with its unit, uncertainty and provenance."""
+"""Tidy tables of scores, over sites or over edges, with their unit, uncertainty and provenance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,17 +16,18 @@ from .sites import HeadSet, Site, site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 _CSV_HEADER = "# mechkit scores: "
+_AS_WRITTEN = {**dict.fromkeys(("site", "sender", "receiver", "source", "target"), str), "head": "Int64"}
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """One score a site; what every analysis returns.
+class Table:
+    """A tidy table with its unit and provenance; what every analysis returns is one.
 
     Attributes:
-        frame: a row a site: ``site``, ``layer``, ``head``, ``kind``, ``position`` where there is one, ``score``,
-            ``metric`` (mean raw metric under the intervention), ``se`` (standard error of ``score``), ``n``.
+        frame: a row a thing that was scored; its columns are told by each kind of table.
         unit: of ``score``.
         meta: model, revision, weights hash, task, seed, method, options, versions, seconds.
     """
@@ -34,6 +35,8 @@ class Scores:
     frame: pd.DataFrame
     unit: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    _things: ClassVar[str] = "rows"
 
     def top(self, k: int = 10, by: Literal["size", "positive", "negative"] = "size") -> pd.DataFrame:
         """The k rows with the largest, most positive or most negative scores.
@@ -46,6 +49,77 @@ class Scores:
             raise OptionError(f"by = {by!r}", expected="one of " + ", ".join(keys))
         order = keys[by].sort_values(ascending=False, kind="stable").index[:k]
         return self.frame.loc[order].reset_index(drop=True)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table with its provenance, as ``.parquet`` or ``.csv``; whole or not at all.
+
+        Raises:
+            OptionError: another suffix.
+            StorageError: the place cannot be written.
+        """
+        path = Path(path)
+        extra = {"unit": self.unit, "meta": dict(self.meta)}
+        if path.suffix not in (".parquet", ".csv"):
+            raise OptionError(f"Suffix {path.suffix!r}", expected=".parquet or .csv")
+
+        def write(target: Path) -> None:
+            if path.suffix == ".parquet":
+                table = self.frame.copy()
+                table.attrs = {"mechkit": json.dumps(extra)}
+                table.to_parquet(target, index=False)
+            else:
+                target.write_text(_CSV_HEADER + json.dumps(extra) + "\n" + self.frame.to_csv(index=False))
+
+        return write_whole(path, write)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            StorageError: no such file, or one that holds no scores.
+        """
+        path = Path(path)
+        try:
+            if path.suffix == ".parquet":
+                frame = pd.read_parquet(path)
+                text = frame.attrs.pop("mechkit")
+            else:
+                with path.open() as file:
+                    text = file.readline().removeprefix(_CSV_HEADER)
+                    # Left to itself, pandas reads head "0.10" as the number 0.1.
+                    frame = pd.read_csv(file, dtype=_AS_WRITTEN)
+            extra = json.loads(text)
+            return cls(frame, extra["unit"], extra["meta"])
+        except (OSError, KeyError, ValueError) as error:
+            raise StorageError(
+                f"{path} could not be read as scores: {error}", expected="a file that Scores.save wrote"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __repr__(self) -> str:
+        head = f"{type(self).__name__} of {len(self)} {self._things}, in {self.unit} ({self.meta.get('method', '')})"
+        return head + "\n" + self.top(10).to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.top(10), f"The largest of {len(self)} scores, in {self.unit}")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Table):
+    """One score a site.
+
+    Attributes:
+        frame: a row a site: ``site``, ``layer``, ``head``, ``kind``, ``position`` where there is one, ``score``,
+            ``metric`` (mean raw metric under the intervention), ``se`` (standard error of ``score``), ``n``. Of paths
+            also ``sender``, which is the site, and ``receiver``.
+        unit: of ``score``.
+        meta: model, revision, weights hash, task, seed, method, options, versions, seconds.
+    """
+
+    _things: ClassVar[str] = "sites"
 
     def heads(self, k: int = 10) -> HeadSet:
         """The k heads with the largest scores in size, as a set."""
@@ -106,62 +180,6 @@ class Scores:
         from .view.figures import site_map
 
         return site_map(self.of_kind(kind))
-
-    def save(self, path: str | Path) -> Path:
-        """Write the table with its provenance, as ``.parquet`` or ``.csv``; whole or not at all.
-
-        Raises:
-            OptionError: another suffix.
-            StorageError: the place cannot be written.
-        """
-        path = Path(path)
-        extra = {"unit": self.unit, "meta": dict(self.meta)}
-        if path.suffix not in (".parquet", ".csv"):
-            raise OptionError(f"Suffix {path.suffix!r}", expected=".parquet or .csv")
-
-        def write(target: Path) -> None:
-            if path.suffix == ".parquet":
-                table = self.frame.copy()
-                table.attrs = {"mechkit": json.dumps(extra)}
-                table.to_parquet(target, index=False)
-            else:
-                target.write_text(_CSV_HEADER + json.dumps(extra) + "\n" + self.frame.to_csv(index=False))
-
-        return write_whole(path, write)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Scores:
-        """Read what ``save`` wrote.
-
-        Raises:
-            StorageError: no such file, or one that holds no scores.
-        """
-        path = Path(path)
-        try:
-            if path.suffix == ".parquet":
-                frame = pd.read_parquet(path)
-                text = frame.attrs.pop("mechkit")
-            else:
-                with path.open() as file:
-                    text = file.readline().removeprefix(_CSV_HEADER)
-                    # Left to itself, pandas reads head "0.10" as the number 0.1.
-                    frame = pd.read_csv(file, dtype={"site": str, "head": "Int64"})
-            extra = json.loads(text)
-            return cls(frame, extra["unit"], extra["meta"])
-        except (OSError, KeyError, ValueError) as error:
-            raise StorageError(
-                f"{path} could not be read as scores: {error}", expected="a file that Scores.save wrote"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self.frame)
-
-    def __repr__(self) -> str:
-        head = f"Scores of {len(self)} sites, in {self.unit} ({self.meta.get('method', '')})"
-        return head + "\n" + self.top(10).to_string(index=False)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.top(10), f"The largest of {len(self)} scores, in {self.unit}")
 
 
 def as_html(table: pd.DataFrame, caption: str, precision: int = 3) -> str:

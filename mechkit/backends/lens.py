@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..edits import Edit
 from ..errors import CapacityError, EditError, MechkitError, UnsupportedError, first_line
 from ..sites import Site
+from .branches import Branches
 from .change import changed, in_order
 from .hooks import TOLERANCE, Function, Hooks
 from .keep_only import keep_only
@@ -62,6 +64,20 @@ class LensBackend:
         self.readout = Readout(self.hf, self.info)
         self._exact_cache: bool | None = None  # not tried out yet
         self._row_bytes: dict[tuple[int, ...], int] = {}  # by shape of a base run that passed its check
+
+    @cached_property
+    def branches(self) -> Branches:
+        """The parts of every block, compared with the model when first asked for.
+
+        Raises:
+            UnsupportedError: they do not give what the model gives.
+        """
+        return Branches(self)
+
+    @property
+    def parallel(self) -> bool:
+        """See ``Backend.parallel``."""
+        return self.branches.parallel
 
     def hooks(self, functions: Mapping[Key, Function]) -> AbstractContextManager[set[Key]]:
         """Hang functions on sites for the length of a ``with``; gives the set of the keys whose functions ran."""

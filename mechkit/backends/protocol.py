@@ -163,6 +163,11 @@ class Backend(Protocol):
 
     info: ModelInfo
 
+    @property
+    def parallel(self) -> bool:
+        """True when the MLP of a layer does not read what the heads of the layer write."""
+        ...
+
     def forward(
         self,
         tokens: Tensor,
