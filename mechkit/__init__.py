@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import MechkitError, MechkitWarning
     from .model import Model
     from .patching.activation import patch
+    from .patching.path import path_patch
     from .results import Scores
     from .sites import HeadSet, Site, heads, site
     from .sources import load
@@ -43,6 +44,7 @@ _HOMES = {
     "MechkitWarning": "errors",
     "Model": "model",
     "patch": "patching.activation",
+    "path_patch": "patching.path",
     "Scores": "results",
     "HeadSet": "sites",
     "Site": "sites",
@@ -72,6 +74,7 @@ __all__ = [
     "metrics",
     "patch",
     "patch_in",
+    "path_patch",
     "scale",
     "site",
     "steer",

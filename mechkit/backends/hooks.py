@@ -75,10 +75,12 @@ class Hooks:
         """Hang functions up for the length of a ``with``; gives the set of the keys whose functions ran."""
         fired: set[Key] = set()
         tapped: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {}
+        # Trying a model out runs it: before anything is hung up.
+        around = {key for key in functions if key[0] in BY_HEAD and self._only_reports(key[1])}
         with ExitStack() as stack:
             for key, function in functions.items():
                 listener = self._listener(key, function, fired)
-                if key[0] in BY_HEAD and self._only_reports(key[1]):
+                if key in around:
                     tapped.setdefault(key[1], {})[key[0]] = listener
                 else:
                     self._hang(key, listener, stack)

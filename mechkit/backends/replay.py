@@ -27,8 +27,9 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .hooks import TOLERANCE
 from .memory import OutputBytes, ran_out, rows_at_once
-from .protocol import Read, Write
-from .window import BY_HEAD, Change
+from .paths import via
+from .protocol import Paths, Read, Write
+from .window import Change, carried_out
 
 if TYPE_CHECKING:
     from .lens import LensBackend
@@ -108,12 +109,12 @@ class LensReplay:
         own = self._hidden[rows]
         try:
             with torch.inference_mode():
-                resid = self._resid(0)[rows]
+                resid = self.stream(0)[rows]
                 with OutputBytes() as spent:
-                    resid = self._block(0, resid, rows)
+                    resid = self.block(0, resid, rows)
                 row_bytes = spent.total // len(rows)
                 for layer in range(1, info.n_layers):
-                    resid = self._block(layer, resid, rows)
+                    resid = self.block(layer, resid, rows)
                 off = float((self.backend.bridge.ln_final(resid) - own).abs().max())
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
             if ran_out(error):
@@ -143,7 +144,7 @@ class LensReplay:
         """Logits ``[rows, k]`` of every variant of every write, in the order given; see ``protocol.Replay``."""
         backend = self.backend
         with torch.inference_mode():
-            resid = self._resid(0)[:0]
+            resid = self.stream(0)[:0]
             rows = torch.empty(0, dtype=torch.long, device=resid.device)
             waiting = list(writes)
             for layer in range(writes[0].layer, backend.info.n_layers):
@@ -151,32 +152,41 @@ class LensReplay:
                 while waiting and waiting[0].layer == layer:
                     write = waiting.pop(0)
                     joining = write.rows.to(rows.device)
-                    entering = self._resid(layer)[joining]
+                    entering = self.stream(layer)[joining]
                     if write.kind == "resid":
-                        entering = _written(entering, write)
+                        entering = carried_out(entering, write)
                     else:
                         place = slice(len(rows), len(rows) + len(joining))
                         changes[write.kind, layer].append((place, write))
                     resid, rows = torch.cat([resid, entering]), torch.cat([rows, joining])
                 with backend.hooks({key: _change(parts) for key, parts in changes.items()}):
-                    resid = self._block(layer, resid, rows)
+                    resid = self.block(layer, resid, rows)
             for write in waiting:  # the stream that leaves the last block
-                entering = _written(self._resid(write.layer)[write.rows.to(rows.device)], write)
+                entering = carried_out(self.stream(write.layer)[write.rows.to(rows.device)], write)
                 resid, rows = torch.cat([resid, entering]), torch.cat([rows, write.rows.to(rows.device)])
-            return self._logits(resid, read)
+            return self.logits(resid, read)
 
     def vary(self, layer: int, rows: Tensor, changes: Mapping[tuple[str, int], Change], read: Read) -> Tensor:
         """Logits ``[rows, k]`` of the base prompts ``rows`` from block ``layer`` on, with these changes made."""
         with torch.inference_mode(), self.backend.hooks(changes):
-            resid = self._resid(layer)[rows]
+            resid = self.stream(layer)[rows]
             for later in range(layer, self.backend.info.n_layers):
-                resid = self._block(later, resid, rows)
-            return self._logits(resid, read)
+                resid = self.block(later, resid, rows)
+            return self.logits(resid, read)
 
-    def _logits(self, resid: Tensor, read: Read) -> Tensor:
+    def via(self, writes: Sequence[Write], paths: Paths, read: Read) -> Tensor:
+        """Logits ``[rows, outcomes, k]`` of variants in which writes reach receivers alone; see ``protocol.Replay``."""
+        return via(self, writes, paths, read)
+
+    def logits(self, resid: Tensor, read: Read) -> Tensor:
+        """Logits ``[rows, k]`` of streams that leave the last block ``[rows, pos, d_model]``."""
         at = read.positions.to(resid.device) - self.first
         ends = resid[torch.arange(len(resid), device=resid.device), at]
-        return self.backend.readout(self.backend.bridge.ln_final(ends[:, None])[:, 0], read.columns)
+        return self.logits_of(ends, read.columns)
+
+    def logits_of(self, ends: Tensor, columns: Tensor | None) -> Tensor:
+        """Logits ``[rows, k]`` of streams at the answer position ``[rows, d_model]``."""
+        return self.backend.readout(self.backend.bridge.ln_final(ends[:, None])[:, 0], columns)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -193,11 +203,12 @@ class LensReplay:
         self._residuals.append(resid.clone())
         self._calls.append((args[1:], rest))
 
-    def _resid(self, layer: int) -> Tensor:
-        """The stream entering a block of the base run ``[batch, pos, d_model]``."""
+    def stream(self, layer: int) -> Tensor:
+        """The stream entering a block of the base run, or leaving the last ``[batch, pos, d_model]``."""
         return self._residuals[layer]
 
-    def _block(self, layer: int, resid: Tensor, rows: Tensor) -> Tensor:
+    def block(self, layer: int, resid: Tensor, rows: Tensor) -> Tensor:
+        """Streams ``[rows, pos, d_model]`` through a block, each as a variant of one of the base prompts ``rows``."""
         args, kwargs = self._calls[layer]
         given = {key: self._rows(value, rows, key) for key, value in kwargs.items()}
         out = self.backend.bridge.blocks[layer](resid, *(self._rows(value, rows) for value in args), **given)
@@ -220,17 +231,7 @@ def _change(parts: list[tuple[slice, Write]]) -> Change:
     def function(tensor: Tensor) -> Tensor:
         new = tensor.clone()
         for place, write in parts:
-            new[place] = _written(new[place], write)
+            new[place] = carried_out(new[place], write)
         return new
 
     return function
-
-
-def _written(old: Tensor, write: Write) -> Tensor:
-    where, values = write.where[..., None], write.values.to(old)
-    if write.heads is None:
-        return torch.where(where, values, old)
-    rows = torch.arange(len(old), device=old.device)
-    index = (rows, write.heads) if write.kind in BY_HEAD else (rows, slice(None), write.heads)
-    old[index] = torch.where(where, values, old[index])
-    return old

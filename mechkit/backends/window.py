@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import EditError
 from ..sites import Site
+from .protocol import Write
 
 Change: TypeAlias = "Callable[[Tensor], Tensor]"
 Key: TypeAlias = "tuple[str, int]"
@@ -82,3 +83,14 @@ def fitted(values: object, old: Tensor, site: Site, growing: bool = False) -> Te
             expected=f"what broadcasts to {list(old.shape)}",
             fix="While generating, values of the prompt's positions need positions=range(...)" if growing else "",
         ) from None
+
+
+def carried_out(old: Tensor, write: Write) -> Tensor:
+    """A tensor of variants with what is written in its place; it may be changed in place."""
+    where, values = write.where[..., None], write.values.to(old)
+    if write.heads is None:
+        return torch.where(where, values, old)
+    rows = torch.arange(len(old), device=old.device)
+    index = (rows, write.heads) if write.kind in BY_HEAD else (rows, slice(None), write.heads)
+    old[index] = torch.where(where, values, old[index])
+    return old

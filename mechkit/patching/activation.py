@@ -15,16 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import pandas as pd
-
-from ..errors import Interrupted, OptionError
+from ..errors import OptionError
 from ..prompts import check_task
-from ..results import Scores, provenance
+from ..results import Scores
 from ..sites import SitesLike
 from ..tasks.task import Task
 from .cells import Cell, PositionsLike, read_patchable, read_places
-from .sweep import Sweep, sweep
+from .effects import effects, finished
+from .sweep import sweep
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -85,42 +83,6 @@ def patch(
         "sites": sites if isinstance(sites, str) else " ".join(dict.fromkeys(str(cell.site) for cell in cells)),
         "positions": positions if isinstance(positions, str | int) else list(positions),
         "direction": direction,
-        "base_metric": float(done.base.mean()),
-        "source_metric": float(done.source.mean()),
     }
-    meta = provenance(model, task, "patch", time.perf_counter() - started, **options)
-    scores = Scores(_table(cells, done, positions != "all"), "fraction of the metric gap", meta)
-    if not bool(done.done.all()):
-        fix = "the same call goes on from there" if checkpoint else "with checkpoint=path the same call would go on"
-        raise Interrupted(
-            f"Stopped after {int(done.done.sum())} of {done.done.numel()} patches. What was measured is in the "
-            f"error's .scores (in a notebook: import sys; sys.last_value.scores); {fix}.",
-            scores,
-        )
-    return scores
-
-
-def _table(cells: list[Cell], done: Sweep, with_position: bool) -> pd.DataFrame:
-    """A row a cell, over the prompts on which it was measured; cells without any are left out."""
-    gap = float((done.source - done.base).mean())
-    measured = done.done.numpy()
-    values = np.where(measured, done.patched.double().numpy(), np.nan)
-    effects = (values - done.base.double().numpy()) / gap
-    n = measured.sum(1)
-    rows = [
-        {
-            "site": str(cell.site),
-            "layer": cell.site.layer,
-            "head": cell.site.head,
-            "kind": cell.site.kind,
-            **({"position": cell.positions} if with_position else {}),
-        }
-        for cell in cells
-    ]
-    some, several = n > 0, n > 1
-    score, metric, se = (np.full(len(cells), np.nan) for _ in range(3))
-    score[some], metric[some] = np.nanmean(effects[some], 1), np.nanmean(values[some], 1)
-    se[several] = np.nanstd(effects[several], 1, ddof=1) / np.sqrt(n[several])
-    frame = pd.DataFrame(rows).assign(score=score, metric=metric, se=se, n=n)
-    frame["head"] = frame["head"].astype("Int64")
-    return frame.loc[some].reset_index(drop=True)
+    tables = [effects(cells, done.patched, done, positions != "all")]
+    return finished(model, task, tables, done, "patch", started, bool(checkpoint), options)

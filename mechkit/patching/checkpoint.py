@@ -26,6 +26,7 @@ from ..errors import StorageError
 from ..results import write_whole
 
 if TYPE_CHECKING:
+    from ..backends.protocol import Paths
     from ..metrics import Metric
     from ..model import Model
     from ..tasks.task import Task
@@ -35,7 +36,13 @@ _SECONDS = 2.0  # between two writes
 
 
 def fingerprint(
-    model: Model, task: Task, cells: Sequence[Cell], base: Tensor, source: Tensor, metric: Metric
+    model: Model,
+    task: Task,
+    cells: Sequence[Cell],
+    base: Tensor,
+    source: Tensor,
+    metric: Metric,
+    paths: Paths | None = None,
 ) -> dict[str, str]:
     """What makes one sweep differ from another."""
     spans = [text for name in sorted(task.spans) for text in (name, task.spans[name].tolist())]
@@ -46,6 +53,7 @@ def fingerprint(
         "prompts": _digest(prompts),
         "metric": metric.name,
         "sites and positions": _digest([f"{cell.site} {cell.positions}" for cell in cells]),
+        "receivers": "" if paths is None else f"{list(map(str, paths.receivers))} {paths.through_mlps} {paths.each}",
     }
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backends.memory import in_batches
-from ..backends.protocol import Read, Replay, Write
+from ..backends.protocol import Paths, Read, Replay, Write
 from ..errors import MetricError
 from ..metrics import Metric
 from .cells import Cell, Place, covered
@@ -44,7 +44,7 @@ class Sweep:
     """Metric values, one a prompt.
 
     Attributes:
-        patched: ``[cells, n]``.
+        patched: ``[cells, n]``; of paths to several receivers, each by itself, ``[cells, n, receivers]``.
         done: which of them were measured; all of them, unless the user stopped it.
         base: of the run that is patched ``[n]``.
         source: of the run that is patched from ``[n]``.
@@ -63,6 +63,7 @@ class _Work:
     Attributes:
         masks: by place, the positions of each prompt that can change ``[n, pos]``.
         columns: the logits that the metric reads ``[n, k]``; None for all.
+        paths: what a patch may reach; None: everything.
     """
 
     model: Model
@@ -72,6 +73,7 @@ class _Work:
     source: Tensor
     masks: Mapping[Place, Tensor]
     columns: Tensor | None
+    paths: Paths | None = None
 
 
 def sweep(
@@ -82,6 +84,7 @@ def sweep(
     base: Tensor,
     source: Tensor,
     metric: Metric,
+    paths: Paths | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -93,6 +96,7 @@ def sweep(
         cells: what to patch.
         base, source: token ids ``[n, pos]``, the task's clean and corrupt prompts in either order.
         metric: one number a prompt.
+        paths: let the patches reach these receivers only (path patching); None: everything.
         checkpoint: a file to keep what is done in, and to go on from.
         progress: show a bar.
 
@@ -105,6 +109,8 @@ def sweep(
     clean = _read(model, task.clean, task.answer_positions, None) if metric.reads == "clean" else None
 
     def measure(logits: Tensor, rows: Tensor) -> Tensor:
+        if logits.ndim == 3:  # [rows, receivers, k]
+            return torch.stack([measure(one, rows) for one in logits.unbind(1)], 1)
         return metric(logits, task[rows], None if clean is None else clean[rows.to(clean.device)]).cpu()
 
     every = torch.arange(len(task))
@@ -117,10 +123,12 @@ def sweep(
             expected="a metric that tells them apart",
         )
     patched = ends[0].repeat(len(cells), 1)
+    if paths is not None and paths.each:
+        patched = patched[..., None].repeat(1, 1, len(paths.receivers))
     masks = {where: covered(task, where) & _may_differ(task) for where in {cell.positions for cell in cells}}
-    work = _Work(model, task, cells, base, source, masks, columns)
+    work = _Work(model, task, cells, base, source, masks, columns, paths)
     done = ~torch.stack([masks[cell.positions].any(1) for cell in cells])
-    identity = fingerprint(model, task, cells, base, source, metric)
+    identity = fingerprint(model, task, cells, base, source, metric, paths)
     kept = Checkpoint(
         checkpoint, identity, {"patched": patched, "done": done, "ends": ends}, model.backend.base_tokens()
     )
@@ -130,7 +138,7 @@ def sweep(
                 todo = group.pairs[~done[tuple(group.pairs.T)]]
                 for pairs, logits, rows in _variants(work, group, todo, kept.rows.get(number)) if len(todo) else ():
                     cell, prompt = pairs.unbind(1)
-                    patched[cell, prompt] = measure(logits, prompt)
+                    patched[cell, prompt] = measure(logits, prompt).view(len(pairs), *patched.shape[2:])
                     done[cell, prompt] = True
                     kept.rows[number] = rows
                     kept.save_now_and_then()
@@ -158,7 +166,8 @@ def _variants(work: _Work, group: Group, todo: Tensor, rows: int | None) -> Iter
     keys = sorted({written_at(cells[i].site) for i in group.pairs[:, 0].unique().tolist()}, key=lambda key: key[1])
     # One run of both: the variants are of the first half, what is patched in is from the second.
     both = torch.cat([work.base[prompts, :length], work.source[prompts, :length]])
-    replay = model.backend.start(both, group.first, record=keys)
+    replay = model.backend.start(both, group.first, record=[*keys, *_kept_by(model, work.paths, keys)])
+    paths = work.paths
 
     def run(pairs: Tensor) -> Tensor:
         depth = torch.tensor([keys.index(written_at(cells[i].site)) for i in pairs[:, 0].tolist()])
@@ -174,9 +183,19 @@ def _variants(work: _Work, group: Group, todo: Tensor, rows: int | None) -> Iter
             writes.append(_write(keys[at], chosen[part], replay, row[part], len(prompts), where[part]))
             begin += count
         read = Read(task.answer_positions[prompt], None if columns is None else columns[prompt])
-        return replay.resume(writes, read)[order.argsort().to(model.info.device)]
+        logits = replay.resume(writes, read) if paths is None else replay.via(writes, paths, read)
+        return logits[order.argsort().to(model.info.device)]
 
     yield from in_batches(todo, rows or replay.rows(whole=columns is None), run)
+
+
+def _kept_by(model: Model, paths: Paths | None, keys: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """What the base run must record beside what is patched: other heads' z, and the MLPs that are receivers."""
+    if paths is None:
+        return []
+    wanted = [("z", layer) for layer in range(model.n_layers)]
+    wanted += [("mlp", one.layer) for one in paths.receivers if one.kind == "mlp"]
+    return [key for key in wanted if key not in keys]
 
 
 def _read(model: Model, ids: Tensor, positions: Tensor, columns: Tensor | None) -> Tensor:
