@@ -10,7 +10,7 @@ the same token after token. ``start`` is its economy: one base run, kept so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,6 +126,21 @@ class Write:
     heads: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Where the paths that are patched lead, for ``Replay.via``.
+
+    Attributes:
+        receivers: the logits by themselves; or q, k, v, pattern or z of heads, and MLPs (their outputs).
+        through_mlps: paths may run through the MLPs between; otherwise these keep their base values too.
+        each: every receiver by itself, not all of them together.
+    """
+
+    receivers: tuple[Site, ...]
+    through_mlps: bool = True
+    each: bool = False
+
+
 class Replay(Protocol):
     """A base run from which variants begin late."""
 
@@ -144,18 +159,59 @@ class Replay(Protocol):
         """Logits ``[rows, k]`` of every variant of every write, in the order given: layers must not fall."""
         ...
 
+    def via(self, writes: Sequence[Write], paths: Paths, read: Read) -> Tensor:
+        """As ``resume``, but what is written reaches nothing but the receivers: ``[rows, outcomes, k]``.
+
+        Every head but the one that is written keeps its base values until the receivers have read; they alone then
+        get what reached them. Outcomes are the receivers where ``paths.each``, else one.
+        """
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Keep:
-    """Sets of heads, each to be left in by itself while every other head is replaced.
+    """Sets of heads and MLPs, each to be left in by itself while every other head, or MLP, is replaced.
 
     Attributes:
         kept: which heads stay ``[sets, layers, heads]``, boolean.
         values: what the others get, a tensor a layer, ``[batch, pos, heads, d_head]`` or what broadcasts to it.
+        mlps: which MLPs stay ``[sets, layers]``, boolean; None for all of them.
+        mlp_values: what the others get, a tensor a layer, ``[batch, pos, d_model]`` or what broadcasts to it.
     """
 
     kept: Tensor
     values: Sequence[Tensor]
+    mlps: Tensor | None = None
+    mlp_values: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Ablated:
+    """What every source of the graph writes where its edges are not kept, for ``Backend.keep_edges``.
+
+    Attributes:
+        values: by (kind, layer): ``("resid", 0)``, which is all that the embedding writes, and ``z`` and ``mlp`` of
+            every layer, for the replayed positions ``[batch, pos, ...]`` or what broadcasts to them.
+        one_run: they are all of one run of the model, of prompts that agree with the others before the first
+            replayed position; a part that reads nothing else then writes nothing else.
+        ungrouped: each query head has edges to a key and a value of its own, where heads share them.
+    """
+
+    values: Mapping[tuple[str, int], Tensor]
+    one_run: bool = False
+    ungrouped: bool = False
+
+
+class EdgeRuns(Protocol):
+    """A base run, and runs of it in which only some edges carry what their source writes."""
+
+    def keep(self, kept: Tensor, read: Read) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sets of edges ``[sets, sources, targets]``, boolean, in the order of ``Graph``.
+
+        Yields:
+            Which sets ran, in an order of its own, and their logits ``[some, batch, k]``.
+        """
+        ...
 
 
 class Backend(Protocol):
@@ -196,5 +252,9 @@ class Backend(Protocol):
         ...
 
     def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
-        """Logits ``[sets, batch, k]`` of runs in which only the heads of a set are left in."""
+        """Logits ``[sets, batch, k]`` of runs in which only the heads, and MLPs, of a set are left in."""
+        ...
+
+    def keep_edges(self, tokens: Tensor, first: int, ablated: Ablated) -> EdgeRuns:
+        """A base run from which only some edges are left in; nothing differs before position ``first``."""
         ...
