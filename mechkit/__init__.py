@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import metrics, tasks
+    from . import metrics, planted, tasks
     from .circuits.circuit import Circuit
     from .circuits.discover import discover
     from .circuits.evaluate import Evaluation
@@ -53,7 +53,7 @@ _HOMES = {
     "load": "sources",
     "Task": "tasks.task",
 }
-_MODULES = ("errors", "metrics", "sites", "tasks")
+_MODULES = ("errors", "metrics", "planted", "sites", "tasks")
 
 __all__ = [
     "Circuit",
@@ -75,6 +75,7 @@ __all__ = [
     "patch",
     "patch_in",
     "path_patch",
+    "planted",
     "scale",
     "site",
     "steer",
