@@ -114,14 +114,14 @@ def test_a_metric_that_is_not_one_finite_number_a_prompt_is_refused(metric, name
 def test_a_family_whose_blocks_cannot_be_run_one_by_one_is_refused(monkeypatch, fault):
     from mechkit.backends.replay import LensReplay
 
-    own = LensReplay._block
+    own = LensReplay.block
 
     def broken(self, layer, resid, rows):
         if fault == "no such call":
             raise TypeError("forward() got an unexpected argument")
         return own(self, layer, resid, rows) * 1.5 + 0.1
 
-    monkeypatch.setattr(LensReplay, "_block", broken)
+    monkeypatch.setattr(LensReplay, "block", broken)
     model = mk.load((plain("llama", seed=1), None), device="cpu")
     with pytest.raises(UnsupportedError, match="one by one"):
         mk.patch(model, tiny_task(), progress=False)

@@ -80,9 +80,12 @@ class Branches:
 
     def attention_out(self, layer: int, z: Tensor) -> Tensor:
         """What the attention module puts out ``[..., d_model]`` for z ``[..., heads, d_head]``."""
-        out = torch.nn.functional.linear(z.flatten(-2), self.weight("o", layer).flatten(0, 1).T)
         bias = self.bias("o", layer)
-        return out if bias is None else out + bias
+        return self.heads_out(layer, z) if bias is None else self.heads_out(layer, z) + bias
+
+    def heads_out(self, layer: int, z: Tensor) -> Tensor:
+        """z W_O, summed over heads, without the bias: what a change of z changes ``[..., d_model]``."""
+        return torch.nn.functional.linear(z.flatten(-2), self.weight("o", layer).flatten(0, 1).T)
 
     def written(self, layer: int, attention_out: Tensor) -> Tensor:
         """What a block adds to the stream for what its attention module puts out ``[..., d_model]``."""

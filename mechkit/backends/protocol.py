@@ -155,6 +155,10 @@ class Replay(Protocol):
         """The base run's own values at the replayed positions, in the layouts of the module."""
         ...
 
+    def ends(self, read: Read) -> Tensor:
+        """The base run's own logits ``[batch, k]``."""
+        ...
+
     def resume(self, writes: Sequence[Write], read: Read) -> Tensor:
         """Logits ``[rows, k]`` of every variant of every write, in the order given: layers must not fall."""
         ...

@@ -1,6 +1,7 @@
 """A base run kept so that variants of it begin late: skip layers, skip positions, batch variants, read little.
 
-1. The positions before ``first`` run once and leave their keys and values in the Hub's own cache.
+1. The positions before ``first`` run once, and once for prompts that begin alike, and leave their keys and values in
+   the Hub's own cache.
 2. The positions from ``first`` run once on top of that cache, the model building its own masks and rotations. What
    each block was given is noted; the residual entering each block is kept.
 3. A variant that changes something in block ``l`` is the noted residual of ``l``, changed, through blocks
@@ -18,13 +19,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .branches import Enough
 from .hooks import TOLERANCE
 from .memory import OutputBytes, ran_out, rows_at_once
 from .paths import via
@@ -82,8 +84,12 @@ class LensReplay:
             if first > 0:
                 # The Hub's default cache drops what a sliding window hides; patterns would lose those keys.
                 cache = DynamicCache()
-                backend.body(tokens[:, :first], use_cache=True, past_key_values=cache)
+                # Twins are the same up to here: each beginning runs once.
+                distinct, which = tokens[:, :first].unique(dim=0, return_inverse=True)
+                backend.body(distinct, use_cache=True, past_key_values=cache)
                 layers: Any = cache.layers
+                for layer in layers:
+                    layer.keys, layer.values = layer.keys[which], layer.values[which]
                 self._prefix = [(layer.keys, layer.values) for layer in layers]
                 options = {"use_cache": True, "past_key_values": cache}
             last = ("resid", backend.info.n_layers)
@@ -139,6 +145,13 @@ class LensReplay:
     def recorded(self, kind: str, layer: int) -> Tensor:
         """The base run's values at the replayed positions."""
         return self._store[kind, layer]
+
+    def ends(self, read: Read) -> Tensor:
+        """The base run's own logits ``[batch, k]``."""
+        at = read.positions.to(self._hidden.device) - self.first
+        with torch.inference_mode():
+            hidden = self._hidden[torch.arange(self.batch, device=self._hidden.device), at]
+            return self.backend.readout(hidden, read.columns)
 
     def resume(self, writes: Sequence[Write], read: Read) -> Tensor:
         """Logits ``[rows, k]`` of every variant of every write, in the order given; see ``protocol.Replay``."""
@@ -213,6 +226,21 @@ class LensReplay:
         given = {key: self._rows(value, rows, key) for key, value in kwargs.items()}
         out = self.backend.bridge.blocks[layer](resid, *(self._rows(value, rows) for value in args), **given)
         return out[0] if isinstance(out, tuple) else out
+
+    def last_block(self, resid: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+        """As the last ``block``, but only one position ``at [rows]`` of what leaves it: ``[rows, d_model]``."""
+        branches, last = self.backend.branches, self.backend.info.n_layers - 1
+        kept: list[Tensor] = []
+
+        def keep(z: Tensor) -> None:
+            kept.append(z.clone())
+            raise Enough
+
+        with self.backend.hooks({("z", last): keep}), suppress(Enough):
+            self.block(last, resid, rows)
+        every = torch.arange(len(resid), device=resid.device)
+        out = branches.attention_out(last, kept[0][every, at])
+        return branches.block(last, resid[every, at][:, None], out[:, None])[:, 0]
 
     def _rows(self, value: Any, rows: Tensor, name: str = "") -> Any:
         """What a block was given, for these rows: batch-sized tensors picked, the cache replaced."""

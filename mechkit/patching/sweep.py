@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 
+_ORDER = {"resid": 0, "mlp": 2}  # in which parts of a block write to the stream; heads between
+
+
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """Metric values, one a prompt.
@@ -113,30 +116,31 @@ def sweep(
             return torch.stack([measure(one, rows) for one in logits.unbind(1)], 1)
         return metric(logits, task[rows], None if clean is None else clean[rows.to(clean.device)]).cpu()
 
-    every = torch.arange(len(task))
-    twice = None if columns is None else columns.repeat(2, 1)
-    both = _read(model, torch.cat([base, source]), task.answer_positions.repeat(2), twice)
-    ends = torch.stack([measure(logits, every) for logits in both.split(len(task))])
+    masks = {where: covered(task, where) & _may_differ(task) for where in {cell.positions for cell in cells}}
+    work = _Work(model, task, cells, base, source, masks, columns, paths)
+    done = ~torch.stack([masks[cell.positions].any(1) for cell in cells])
+    unchanged = done.clone()
+    outcomes = (len(paths.receivers),) if paths is not None and paths.each else ()
+    patched, ends = torch.zeros(*done.shape, *outcomes), torch.full((2, len(task)), torch.nan)
+    identity = fingerprint(model, task, cells, base, source, metric, paths)
+    tensors = {"patched": patched, "done": done, "ends": ends}
+    kept = Checkpoint(checkpoint, identity, tensors, model.backend.base_tokens())
+    bases = _Bases(work, grouped(task, cells, masks, kept.base_tokens))
+    if bool(ends.isnan().any()):
+        for prompts, logits in bases.ends():
+            ends[:, prompts] = torch.stack([measure(one, prompts) for one in logits])
     if abs(float((ends[1] - ends[0]).mean())) < 1e-6:
         raise MetricError(
             f'{metric.name} is {float(ends[0].mean()):.4g} on clean and corrupt prompts of "{task.name}" alike',
             expected="a metric that tells them apart",
         )
-    patched = ends[0].repeat(len(cells), 1)
-    if paths is not None and paths.each:
-        patched = patched[..., None].repeat(1, 1, len(paths.receivers))
-    masks = {where: covered(task, where) & _may_differ(task) for where in {cell.positions for cell in cells}}
-    work = _Work(model, task, cells, base, source, masks, columns, paths)
-    done = ~torch.stack([masks[cell.positions].any(1) for cell in cells])
-    identity = fingerprint(model, task, cells, base, source, metric, paths)
-    kept = Checkpoint(
-        checkpoint, identity, {"patched": patched, "done": done, "ends": ends}, model.backend.base_tokens()
-    )
+    patched[unchanged] = ends[0].expand_as(done)[unchanged].view(-1, *[1] * len(outcomes))
     with tqdm(total=done.numel(), initial=int(done.sum()), desc="patching", unit="patch", disable=not progress) as bar:
         try:
-            for number, group in enumerate(grouped(task, cells, masks, kept.base_tokens)):
+            for number, group in enumerate(bases.groups):
                 todo = group.pairs[~done[tuple(group.pairs.T)]]
-                for pairs, logits, rows in _variants(work, group, todo, kept.rows.get(number)) if len(todo) else ():
+                variants = _variants(work, bases.start(number), todo, kept.rows.get(number)) if len(todo) else ()
+                for pairs, logits, rows in variants:
                     cell, prompt = pairs.unbind(1)
                     patched[cell, prompt] = measure(logits, prompt).view(len(pairs), *patched.shape[2:])
                     done[cell, prompt] = True
@@ -150,24 +154,83 @@ def sweep(
     return Sweep(patched, done, *ends)
 
 
-def _variants(work: _Work, group: Group, todo: Tensor, rows: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Variants of a group ``[rows, 2]``, their logits ``[rows, k]``, and how many go on at once, batch by batch.
+@dataclass(frozen=True, eq=False)
+class _Base:
+    """A base run of a group's prompts.
+
+    Attributes:
+        first: first position that runs.
+        prompts: which of the task's; the run has them as they are patched, then as they are patched from.
+        keys: kinds and layers of what is patched, by layer.
+        replay: the run.
+    """
+
+    first: int
+    prompts: Tensor
+    keys: Sequence[tuple[str, int]]
+    replay: Replay
+
+
+class _Bases:
+    """The base runs of all groups, the last one kept."""
+
+    def __init__(self, work: _Work, groups: Sequence[Group]):
+        self._work, self.groups = work, groups
+        self._last: tuple[int, _Base] | None = None
+
+    def start(self, number: int) -> _Base:
+        """The base run of a group."""
+        if self._last is None or self._last[0] != number:
+            self._last = None  # its memory first
+            self._last = number, self._started(self.groups[number])
+        return self._last[1]
+
+    def ends(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """Every prompt's logits in both runs ``[prompts, k]``, some prompts at a time."""
+        task, columns = self._work.task, self._work.columns
+        left = torch.ones(len(task), dtype=torch.bool)
+        for number, group in enumerate(self.groups):
+            if bool(left[group.pairs[:, 1]].any()):
+                base = self.start(number)
+                twice = None if columns is None else columns[base.prompts].repeat(2, 1)
+                logits = base.replay.ends(Read(task.answer_positions[base.prompts].repeat(2), twice))
+                left[base.prompts] = False
+                yield base.prompts, logits.chunk(2)
+        if bool(left.any()):  # prompts that nothing is patched in
+            rest = left.nonzero()[:, 0]
+            some = None if columns is None else columns[rest]
+            yield (
+                rest,
+                [
+                    _read(self._work.model, ids[rest], task.answer_positions[rest], some)
+                    for ids in (self._work.base, self._work.source)
+                ],
+            )
+
+    def _started(self, group: Group) -> _Base:
+        work, cells = self._work, self._work.cells
+        prompts = group.pairs[:, 1].unique()
+        length = int(work.task.lengths[prompts].max())
+        found = {written_at(cells[i].site) for i in group.pairs[:, 0].unique().tolist()}
+        keys = sorted(found, key=lambda key: (key[1], _ORDER.get(key[0], 1)))
+        # One run of both: the variants are of the first half, what is patched in is from the second.
+        both = torch.cat([work.base[prompts, :length], work.source[prompts, :length]])
+        record = [*keys, *_kept_by(work.model, work.paths, keys)]
+        return _Base(group.first, prompts, keys, work.model.backend.start(both, group.first, record=record))
+
+
+def _variants(work: _Work, base: _Base, todo: Tensor, rows: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Variants ``[rows, 2]``, their logits ``[rows, k]``, and how many go on at once, batch by batch.
 
     Args:
         work: what is swept.
-        group: what runs together.
-        todo: those of its variants that are still to be done.
+        base: the run that they begin from.
+        todo: which variants.
         rows: how many at once; None: as many as fit.
     """
-    model, task, cells, columns = work.model, work.task, work.cells, work.columns
-    prompts = group.pairs[:, 1].unique()
-    length = int(task.lengths[prompts].max())
-    window = slice(group.first, length)
-    keys = sorted({written_at(cells[i].site) for i in group.pairs[:, 0].unique().tolist()}, key=lambda key: key[1])
-    # One run of both: the variants are of the first half, what is patched in is from the second.
-    both = torch.cat([work.base[prompts, :length], work.source[prompts, :length]])
-    replay = model.backend.start(both, group.first, record=[*keys, *_kept_by(model, work.paths, keys)])
-    paths = work.paths
+    model, task, cells, columns, paths = work.model, work.task, work.cells, work.columns, work.paths
+    prompts, keys, replay = base.prompts, base.keys, base.replay
+    window = slice(base.first, int(task.lengths[prompts].max()))
 
     def run(pairs: Tensor) -> Tensor:
         depth = torch.tensor([keys.index(written_at(cells[i].site)) for i in pairs[:, 0].tolist()])
