@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import OptionError
-from .graph import Edge, Graph, edge
+from .graph import ARROW, Edge, Graph, edge
 from .results import Scores, Table
 from .sites import HeadSet, Site
 
@@ -84,7 +84,9 @@ class EdgeScores(Table):
     def nodes(self) -> Scores:
         """One score a node: the sum over the edges that leave it, which to first order is the node's own effect."""
         graph = self.graph
-        total = pd.Series(np.nansum(self.matrix(), 1), index=list(map(str, graph.sources)))
+        matrix = self.matrix()
+        unscored = np.isnan(matrix).all(1)
+        total = pd.Series(np.where(unscored, np.nan, np.nansum(matrix, 1)), index=list(map(str, graph.sources)))
         n = int(self.frame["n"].max()) if "n" in self.frame and len(self.frame) else 0
         frame = pd.DataFrame(
             {
@@ -108,9 +110,9 @@ class EdgeScores(Table):
         Raises:
             OptionError: an edge that was not scored.
         """
-        place = {one: i for i, one in enumerate(self.edges)}
-        wanted = [edge(one) for one in edges]
-        if missing := [str(one) for one in wanted if one not in place]:
+        place = {text: i for i, text in enumerate(self.frame["source"] + ARROW + self.frame["target"])}
+        wanted = [str(edge(one)) for one in edges]
+        if missing := [one for one in wanted if one not in place]:
             raise OptionError(f"Edges that were not scored: {', '.join(missing[:5])}", expected="edges of .frame")
         frame = self.frame.iloc[[place[one] for one in wanted]].reset_index(drop=True)
         return EdgeScores(frame, self.unit, self.meta)

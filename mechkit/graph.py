@@ -183,9 +183,8 @@ class Graph:
         for one in sorted(edges, key=lambda e: -self._read(e.target)):
             if leading.intersection(self.readers(one.target)):
                 leading.add(one.source)
-        return tuple(
-            one for one in edges if one.source in reached & leading and leading.intersection(self.readers(one.target))
-        )
+        both = reached & leading
+        return tuple(one for one in edges if one.source in both and leading.intersection(self.readers(one.target)))
 
     def between(self, nodes: Iterable[Site]) -> tuple[Edge, ...]:
         """Every edge among nodes, the embedding and the logits."""

@@ -220,6 +220,8 @@ def provenance(model: Any, task: Any, method: str, seconds: float, **options: An
         "weights": model.weights_hash,
         "n_layers": model.n_layers,
         "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "d_model": model.d_model,
         "task": {"name": task.name, "n": len(task), "metric": task.metric.name, "made": dict(task.meta)},
         "method": method,
         "options": options,

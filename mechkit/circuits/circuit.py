@@ -1,52 +1,155 @@
-"""Circuit: the nodes that are said to carry out a behaviour, and the scores that say so."""
+"""Circuit: the nodes, or the edges, that are said to carry out a behaviour, and the scores that say so."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from ..errors import StorageError
-from ..results import Scores, as_html, write_whole
-from ..sites import HeadSet, Site, site
+from ..edge_scores import EdgeScores, node_sites
+from ..errors import OptionError, UnsupportedError
+from ..graph import ARROW, Edge, EdgeLike, Graph, edge
+from ..results import Scores, as_html
+from ..sites import HeadSet, Site, SiteLike, site
 
 if TYPE_CHECKING:
+    from networkx import MultiDiGraph
+
     from ..edits import Ablation
     from ..model import Model
     from ..tasks.task import Task
+    from .compare import CircuitDiff, Overlap
     from .evaluate import Evaluation
 
-FORMAT, VERSION = "mechkit circuit", 1
+_DIMENSIONS = ("n_layers", "n_heads", "n_kv_heads", "parallel", "ungrouped", "d_model")
+_SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """A set of nodes in the order in which they were found.
+    """A set of nodes, or of edges, in the order in which they were found.
+
+    ``a | b``, ``a & b``, ``a - b``, ``a ^ b`` and ``a <= b`` are those of its edges, or of its nodes at node level;
+    the left side's order is kept.
 
     Attributes:
-        nodes: sites; ``str(node)`` is ``"23.3"`` for a head.
-        scores: the scores they were chosen by.
+        nodes: sites; ``str(node)`` is ``"23.3"`` for a head. With edges: the heads and MLPs that they touch.
+        scores: the scores they were chosen by; ``EdgeScores`` where there are edges.
         meta: how the circuit was found.
+        edges: none at node level; make a circuit of edges with ``Circuit.of_edges``.
+
+    Raises:
+        OptionError: scores that are not those of edges beside edges, or nodes that are not those of the edges.
     """
 
     nodes: tuple[Site, ...]
-    scores: Scores
+    scores: Scores | EdgeScores
     meta: Mapping[str, Any] = field(default_factory=dict)
+    edges: tuple[Edge, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scores, EdgeScores):
+            if self.edges:
+                raise OptionError(
+                    f"A circuit of edges with {type(self.scores).__name__} of nodes", expected="EdgeScores"
+                )
+            return
+        if not all(isinstance(one, Edge) for one in self.edges):
+            raise OptionError("edges that are not of the type Edge", fix="Make the circuit with Circuit.of_edges")
+        if {*self.nodes} != {*node_sites(self.edges, self.scores.graph)}:
+            raise OptionError(
+                f"{len(self.nodes)} nodes beside {len(self.edges)} edges with scores of edges",
+                expected="the heads and MLPs that the edges touch",
+                fix="Make a circuit of edges with Circuit.of_edges, or one of nodes with scores.nodes()",
+            )
+
+    @classmethod
+    def of_edges(cls, edges: Iterable[EdgeLike], scores: EdgeScores, meta: Mapping[str, Any] | None = None) -> Circuit:
+        """The circuit of some edges of the graph that was scored.
+
+        Args:
+            edges: ``"9.6->9.9.q"`` and the like; one that is named twice counts once.
+            scores: of these edges, and of others.
+            meta: how they were found.
+
+        Raises:
+            SiteError: an edge that the graph has not.
+            OptionError: scores that are not those of edges.
+        """
+        if not isinstance(scores, EdgeScores):
+            raise OptionError(f"Scores of the type {type(scores).__name__}", expected="EdgeScores")
+        graph = scores.graph
+        unique = tuple(dict.fromkeys(graph.check(one) for one in edges))
+        return cls(node_sites(unique, graph), scores, dict(meta or {}), unique)
+
+    # -- what it is made of -----------------------------------------------------------------------------------
+
+    @property
+    def level(self) -> Literal["node", "edge"]:
+        """``"edge"`` where edges were scored, else ``"node"``."""
+        return "edge" if isinstance(self.scores, EdgeScores) else "node"
+
+    @property
+    def members(self) -> tuple[Site, ...] | tuple[Edge, ...]:
+        """The edges, or the nodes at node level: what its scores are of, and what ``len`` counts."""
+        return self.edges if self.level == "edge" else self.nodes
 
     @property
     def heads(self) -> HeadSet:
         """The nodes that are heads."""
-        return HeadSet([node for node in self.nodes if node.is_head], self.scores.meta.get("n_heads"))
+        return HeadSet([node for node in self.nodes if node.is_head], self.dimensions.get("n_heads"))
+
+    @property
+    def dimensions(self) -> dict[str, Any]:
+        """What it knows of ``n_layers, n_heads, n_kv_heads, parallel, ungrouped, d_model`` of its model."""
+        known = {**self.meta, **self.scores.meta}
+        known.update(known.get("graph", {}))
+        return {name: known[name] for name in _DIMENSIONS if name in known}
+
+    @property
+    def graph(self) -> Graph | None:
+        """The graph of the model; None where a circuit of nodes does not know the model's dimensions."""
+        known = {name: value for name, value in self.dimensions.items() if name != "d_model"}
+        return Graph(**known) if {*_DIMENSIONS[:4]} <= {*known} else None
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The rows of ``scores`` that are nodes, in the order of ``nodes``."""
-        rows = self.scores.frame.drop_duplicates("site").set_index("site")
-        return rows.loc[[str(node) for node in self.nodes]].reset_index()
+        """The rows of ``scores`` that are its nodes (its edges, where it has them), in their order.
+
+        Raises:
+            OptionError: some of them were not scored.
+        """
+        place = row_places(self.scores)
+        texts = [str(one) for one in self.members]
+        if missing := [text for text in texts if text not in place]:
+            raise OptionError(
+                f"{self._what(len(missing))} without a score: {', '.join(missing[:5])}", expected="rows of .scores"
+            )
+        return self.scores.frame.iloc[[place[text] for text in texts]].reset_index(drop=True)
+
+    @property
+    def node_scores(self) -> Scores:
+        """The scores of nodes: ``scores``, or of each node the sum over the edges that leave it."""
+        return self.scores.nodes() if isinstance(self.scores, EdgeScores) else self.scores
+
+    def as_nodes(self) -> Circuit:
+        """The circuit of its nodes alone, with ``node_scores``."""
+        return Circuit(self.nodes, self.node_scores, self.meta)
+
+    def pruned(self) -> Circuit:
+        """Without dead ends: only the edges that lie on a path from the embedding to the logits.
+
+        Raises:
+            UnsupportedError: a circuit of nodes, which says nothing of paths.
+        """
+        if not isinstance(self.scores, EdgeScores):
+            raise UnsupportedError("Pruning a circuit of nodes", expected="a circuit of edges")
+        return Circuit.of_edges(self.scores.graph.alive(self.edges), self.scores, self.meta)
+
+    # -- beside the model, and beside other circuits ----------------------------------------------------------
 
     def evaluate(
         self,
@@ -56,6 +159,7 @@ class Circuit:
         reference: Task | None = None,
         controls: int = 20,
         curve: bool = True,
+        areas: bool = False,
         seed: int = 0,
         progress: bool = True,
     ) -> Evaluation:
@@ -70,9 +174,58 @@ class Circuit:
             reference=reference,
             controls=controls,
             curve=curve,
+            areas=areas,
             seed=seed,
             progress=progress,
         )
+
+    def overlap(self, other: Circuit, draws: int = 10_000, seed: int = 0) -> Overlap:
+        """How much two circuits have in common, beside random ones of the same layers; see ``circuits.compare``."""
+        from .compare import overlap
+
+        return overlap(self, other, draws=draws, seed=seed)
+
+    def diff(self, later: Circuit) -> CircuitDiff:
+        """What a later checkpoint's circuit kept, gained and lost; see ``circuits.compare``."""
+        from .compare import diff
+
+        return diff(self, later)
+
+    def same_as(self, other: Circuit) -> bool:
+        """True when nodes and edges are the same, in whatever order.
+
+        Raises:
+            OptionError: circuits of different levels or of models of different dimensions.
+        """
+        from .algebra import check_alike
+
+        check_alike(self, other)
+        return {*self.nodes} == {*other.nodes} and {*self.edges} == {*other.edges}
+
+    def __le__(self, other: Circuit) -> bool:
+        from .algebra import check_alike
+
+        check_alike(self, other)
+        return {*self.members} <= {*other.members}
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return self._combine(other, "|")
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return self._combine(other, "&")
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return self._combine(other, "-")
+
+    def __xor__(self, other: Circuit) -> Circuit:
+        return self._combine(other, "^")
+
+    def _combine(self, other: Circuit, sign: Literal["|", "&", "-", "^"]) -> Circuit:
+        from .algebra import combine
+
+        return combine(self, other, sign)
+
+    # -- files and other tools --------------------------------------------------------------------------------
 
     def to_json(self, path: str | Path) -> Path:
         """Write the circuit, its scores and its provenance; whole or not at all.
@@ -80,50 +233,83 @@ class Circuit:
         Raises:
             StorageError: the place cannot be written.
         """
-        table = self.scores.frame
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "nodes": [str(node) for node in self.nodes],
-            "meta": dict(self.meta),
-            "scores": {
-                "unit": self.scores.unit,
-                "meta": dict(self.scores.meta),
-                "columns": {str(column): str(kind) for column, kind in table.dtypes.items()},
-                "rows": table.astype(object).where(table.notna(), None).to_dict("split")["data"],
-            },
-        }
-        return write_whole(Path(path), lambda target: target.write_text(json.dumps(content, indent=1)))
+        from .exchange import to_json
+
+        return to_json(self, Path(path))
 
     @classmethod
     def from_json(cls, path: str | Path) -> Circuit:
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote, now or in version 1.
 
         Raises:
             StorageError: no such file, or one that holds no circuit.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-            if content["format"] != FORMAT or content["version"] != VERSION:
-                raise ValueError(f"format {content['format']!r}, version {content['version']!r}")
-            kinds = content["scores"]["columns"]
-            table = pd.DataFrame(content["scores"]["rows"], columns=list(kinds)).astype(kinds)
-            scores = Scores(table, content["scores"]["unit"], content["scores"]["meta"])
-            return cls(tuple(site(text) for text in content["nodes"]), scores, content["meta"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(
-                f"{path} could not be read as a circuit: {error}",
-                expected="a file that Circuit.to_json wrote",
-            ) from error
+        from .exchange import from_json
+
+        return from_json(Path(path))
+
+    def to_networkx(self, model: Model | None = None) -> MultiDiGraph:
+        """The circuit as a directed graph of networkx; see ``circuits.exchange``."""
+        from .exchange import to_networkx
+
+        return to_networkx(self, model)
+
+    @classmethod
+    def from_networkx(cls, graph: Any, model: Model | None = None) -> Circuit:
+        """Read a directed graph of networkx; see ``circuits.exchange``."""
+        from .exchange import from_networkx
+
+        return from_networkx(graph, model)
+
+    def to_mib(self, path: str | Path, model: Model | None = None) -> Path:
+        """Write the circuit as the circuit track of MIB reads it, ``.json`` or ``.pt``; see ``circuits.mib``."""
+        from .mib import to_mib
+
+        return to_mib(self, Path(path), model)
+
+    @classmethod
+    def from_mib(
+        cls, path: str | Path, n_kv_heads: int | None = None, level: Literal["node", "edge"] | None = None
+    ) -> Circuit:
+        """Read a circuit of the circuit track of MIB, ``.json`` or ``.pt``; see ``circuits.mib``."""
+        from .mib import from_mib
+
+        return from_mib(Path(path), n_kv_heads, level)
+
+    # -- to look at -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self.nodes)
+        return len(self.members)
 
-    def __contains__(self, node: str | Site) -> bool:
-        return site(node) in self.nodes
+    def __contains__(self, one: SiteLike | Edge) -> bool:
+        if isinstance(one, Edge) or (isinstance(one, str) and ARROW in one):
+            graph = self.graph
+            return (graph.check(one) if graph else edge(one)) in self.edges
+        return site(one) in self.nodes
 
     def __repr__(self) -> str:
-        return f"Circuit of {len(self)} nodes: {' '.join(map(str, self.nodes))}"
+        if self.level == "node":
+            return f"Circuit of {len(self)} nodes: {' '.join(map(str, self.nodes))}"
+        first = " ".join(map(str, self.edges[:_SHOWN])) + (" …" if len(self) > _SHOWN else "")
+        return f"Circuit of {len(self)} edges among {len(self.nodes)} nodes: {first}"
 
     def _repr_html_(self) -> str:
-        return as_html(self.frame, f"A circuit of {len(self)} nodes")
+        if self.level == "node":
+            return as_html(self.frame, f"A circuit of {len(self)} nodes")
+        caption = f"A circuit of {len(self)} edges among {len(self.nodes)} nodes"
+        return as_html(self.frame.head(_SHOWN), caption + (f": the first {_SHOWN}" if len(self) > _SHOWN else ""))
+
+    def _what(self, count: int) -> str:
+        return f"{count} {self.level}{'' if count == 1 else 's'}"
+
+
+def row_texts(scores: Scores | EdgeScores) -> list[str]:
+    """The node or edge of every row of a table, as text."""
+    frame = scores.frame
+    return (frame["source"] + ARROW + frame["target"] if isinstance(scores, EdgeScores) else frame["site"]).tolist()
+
+
+def row_places(scores: Scores | EdgeScores) -> dict[str, int]:
+    """First row of each node or edge in a table, by its text."""
+    texts = row_texts(scores)
+    return dict(zip(reversed(texts), reversed(range(len(texts))), strict=True))
