@@ -1,6 +1,7 @@
 """Run every benchmark: ``python -m benchmarks``."""
 
-from . import patching
+from . import attribution, patching, paths
 
 if __name__ == "__main__":
-    patching.main()
+    for module in (patching, paths, attribution):
+        module.main()

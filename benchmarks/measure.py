@@ -54,8 +54,19 @@ class Row:
         return [slow / fast for fast, slow in zip(self.seconds, self.other_seconds, strict=True)]
 
 
-def compare(what: str, rounds: int, ours: Way, others: dict[str, Way], device: str, done: list[Row]) -> None:
-    """Measure, print a line for each of the others, and add to ``done``."""
+def compare(
+    what: str, rounds: int, ours: Way, others: dict[str, Way], device: str, done: list[Row], part: float = 1.0
+) -> None:
+    """Measure, print a line for each of the others, and add to ``done``.
+
+    Args:
+        what: the work.
+        rounds: how often.
+        ours, others: do it, and give what came out; the others as much of it as mechkit's result is of.
+        device: where.
+        done: gets the rows.
+        part: the share of the work that the others do; their seconds are those of the whole.
+    """
     rows = [Row(what, name) for name in others]
     ours()  # warm up
     for _ in range(rounds):
@@ -63,7 +74,7 @@ def compare(what: str, rounds: int, ours: Way, others: dict[str, Way], device: s
         for row, theirs in zip(rows, others.values(), strict=True):
             result, other_seconds, other_peak = _timed(theirs, device)
             row.seconds.append(seconds)
-            row.other_seconds.append(other_seconds)
+            row.other_seconds.append(other_seconds / part)
             row.peak_mb, row.other_peak_mb = max(row.peak_mb, peak), max(row.other_peak_mb, other_peak)
             row.difference = max(row.difference, float((mine - result).abs().max()))
     for row in rows:

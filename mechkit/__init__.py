@@ -19,12 +19,17 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import metrics, planted, tasks
     from .circuits.circuit import Circuit
+    from .circuits.compare import CircuitDiff, Overlap
+    from .circuits.curve import Curve, curve
     from .circuits.discover import discover
     from .circuits.evaluate import Evaluation
+    from .edge_scores import EdgeScores
     from .edits import ablate, attend, patch_in, scale, steer
     from .errors import MechkitError, MechkitWarning
+    from .graph import Edge, Graph, edge
     from .model import Model
     from .patching.activation import patch
+    from .patching.edges import edges
     from .patching.path import path_patch
     from .results import Scores
     from .sites import HeadSet, Site, heads, site
@@ -33,8 +38,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Circuit": "circuits.circuit",
+    "CircuitDiff": "circuits.compare",
+    "Overlap": "circuits.compare",
+    "Curve": "circuits.curve",
+    "curve": "circuits.curve",
     "discover": "circuits.discover",
     "Evaluation": "circuits.evaluate",
+    "EdgeScores": "edge_scores",
     "ablate": "edits",
     "attend": "edits",
     "patch_in": "edits",
@@ -42,8 +52,12 @@ _HOMES = {
     "steer": "edits",
     "MechkitError": "errors",
     "MechkitWarning": "errors",
+    "Edge": "graph",
+    "Graph": "graph",
+    "edge": "graph",
     "Model": "model",
     "patch": "patching.activation",
+    "edges": "patching.edges",
     "path_patch": "patching.path",
     "Scores": "results",
     "HeadSet": "sites",
@@ -57,18 +71,27 @@ _MODULES = ("errors", "metrics", "planted", "sites", "tasks")
 
 __all__ = [
     "Circuit",
+    "CircuitDiff",
+    "Curve",
+    "Edge",
+    "EdgeScores",
     "Evaluation",
+    "Graph",
     "HeadSet",
     "MechkitError",
     "MechkitWarning",
     "Model",
+    "Overlap",
     "Scores",
     "Site",
     "Task",
     "__version__",
     "ablate",
     "attend",
+    "curve",
     "discover",
+    "edge",
+    "edges",
     "heads",
     "load",
     "metrics",

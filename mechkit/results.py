@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -49,6 +49,12 @@ class Table:
             raise OptionError(f"by = {by!r}", expected="one of " + ", ".join(keys))
         order = keys[by].sort_values(ascending=False, kind="stable").index[:k]
         return self.frame.loc[order].reset_index(drop=True)
+
+    def auroc(self, truth: Iterable[Any], by: Literal["size", "signed"] = "size") -> float:
+        """How well the scores tell the true nodes, or edges, from all others; see ``circuits.statistics.auroc``."""
+        from .circuits.statistics import auroc
+
+        return auroc(self, truth, by)  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> Path:
         """Write the table with its provenance, as ``.parquet`` or ``.csv``; whole or not at all.

@@ -117,9 +117,9 @@ def test_discover_names_the_bad_option(options, names):
 
 def test_evaluating_what_cannot_be_evaluated_is_refused():
     model, task = tiny("gpt2"), tiny_task()
-    mlps = mk.discover(model, task, sites="mlps", size=1, progress=False)
-    with pytest.raises(UnsupportedError, match=r"m[012]"):
-        mlps.evaluate(model, task, progress=False)
+    streams = mk.discover(model, task, sites="resid.1 resid.2", size=1, progress=False)
+    with pytest.raises(UnsupportedError, match="resid"):
+        streams.evaluate(model, task, progress=False)
     circuit = _circuit(model, "0.0", task)
     with pytest.raises(OptionError, match="shuffle"):
         circuit.evaluate(model, task, ablation="shuffle", progress=False)  # type: ignore[arg-type]

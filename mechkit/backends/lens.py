@@ -24,9 +24,10 @@ from ..sites import Site
 from .branches import Branches
 from .change import changed, in_order
 from .hooks import TOLERANCE, Function, Hooks
+from .keep_edges import LensEdgeRuns, written_keys
 from .keep_only import keep_only
 from .memory import fitting, ran_out, rows_at_once
-from .protocol import Forward, Keep, ModelInfo, Read
+from .protocol import Ablated, Forward, Keep, ModelInfo, Read
 from .readout import Readout
 from .replay import LensReplay
 from .window import Key, Window
@@ -194,6 +195,10 @@ class LensBackend:
         tokens = tokens.to(self.info.device)
         rows = rows_at_once(self._row_bytes[(*tokens.shape, 0)], tokens.shape[1], tokens.device)
         return keep_only(self, tokens, keep, read, rows)
+
+    def keep_edges(self, tokens: Tensor, first: int, ablated: Ablated) -> LensEdgeRuns:
+        """Runs in which only some edges are left in; see ``Backend.keep_edges``."""
+        return LensEdgeRuns(self, self.start(tokens, first, written_keys(self.info.n_layers)), ablated)
 
     def body(self, tokens: Tensor, **options: Any) -> Any:
         """Run everything but the unembedding."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +49,13 @@ def via(replay: LensReplay, writes: Sequence[Write], paths: Paths, read: Read) -
         paths: where to.
         read: which logits, of each variant.
     """
+    logits = [one for one in paths.receivers if one.kind == "logits"]
+    if rest := [one for one in paths.receivers if logits and one.kind != "logits"]:  # each by itself
+        found = dict(
+            zip(logits, via(replay, writes, replace(paths, receivers=tuple(logits)), read).unbind(1), strict=True)
+        )
+        found |= zip(rest, via(replay, writes, replace(paths, receivers=tuple(rest)), read).unbind(1), strict=True)
+        return torch.stack([found[one] for one in paths.receivers], 1)
     with torch.inference_mode():
         senders = Senders(replay, writes, paths, read)
         arrived = _arrivals(senders)

@@ -131,7 +131,7 @@ class Paths:
     """Where the paths that are patched lead, for ``Replay.via``.
 
     Attributes:
-        receivers: the logits by themselves; or q, k, v, pattern or z of heads, and MLPs (their outputs).
+        receivers: the logits, with others only where ``each``; q, k, v, pattern or z of heads, and MLPs.
         through_mlps: paths may run through the MLPs between; otherwise these keep their base values too.
         each: every receiver by itself, not all of them together.
     """
@@ -209,11 +209,12 @@ class Ablated:
 class EdgeRuns(Protocol):
     """A base run, and runs of it in which only some edges carry what their source writes."""
 
-    def keep(self, kept: Tensor, read: Read) -> Iterator[tuple[Tensor, Tensor]]:
+    def keep(self, kept: Tensor, read: Read) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Sets of edges ``[sets, sources, targets]``, boolean, in the order of ``Graph``.
 
         Yields:
-            Which sets ran, in an order of its own, and their logits ``[some, batch, k]``.
+            Which sets ran ``[some]``, on which prompts ``[rows]``, and their logits ``[some, rows, k]``, in an order
+            of its own.
         """
         ...
 

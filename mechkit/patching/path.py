@@ -75,7 +75,7 @@ def path_patch(
     Raises:
         SiteError: an address that this model does not have, or that cannot send or receive; a named sender that comes
             before no receiver.
-        OptionError: an unknown direction, or the logits together with other receivers.
+        OptionError: an unknown direction, or the logits patched together with other receivers.
         MetricError: the metric is the same on clean and corrupt prompts.
         TaskError, PromptError, UnsupportedError, StorageError, Interrupted: as of ``mk.patch``.
     """
@@ -139,11 +139,11 @@ def _receivers(model: Model, wanted: SitesLike, each: bool) -> tuple[Site, ...]:
                 f'"{one}" as a receiver',
                 expected='"logits", "9.9.q", "9.9.k", "9.9.v", "9.9.pattern", "9.9" or "m9"',
             )
-    if len(found) > 1 and any(one.kind == "logits" for one in found):
+    if not each and len(found) > 1 and any(one.kind == "logits" for one in found):
         raise OptionError(
             "The logits together with other receivers",
-            expected="one or the other",
-            fix="Call twice: once with receivers='logits', once with the rest",
+            expected="one or the other, since setting the logits undoes all else",
+            fix="Pass each=True, which patches every receiver by itself",
         )
     return tuple(found)
 

@@ -219,6 +219,14 @@ class _Bases:
         return _Base(group.first, prompts, keys, work.model.backend.start(both, group.first, record=record))
 
 
+def metric_of(model: Model, task: Task, ids: Tensor) -> Tensor:
+    """The task's metric on token ids ``[n, pos]``, its clean or its corrupt prompts: ``[n]``."""
+    metric = task.metric
+    columns = task.answers if metric.reads == "answers" else None
+    clean = _read(model, task.clean, task.answer_positions, None) if metric.reads == "clean" else None
+    return metric(_read(model, ids, task.answer_positions, columns), task, clean).cpu()
+
+
 def _variants(work: _Work, base: _Base, todo: Tensor, rows: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Variants ``[rows, 2]``, their logits ``[rows, k]``, and how many go on at once, batch by batch.
 

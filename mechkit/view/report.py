@@ -78,7 +78,9 @@ def write_report(
         behaviour=behaviour,
         circuit=circuit,
         nodes=circuit.frame.to_dict("records"),
-        head_map=figures.svg(figures.site_map(circuit.node_scores.of_kind(), marked), "Map of the effect of every head"),
+        head_map=figures.svg(
+            figures.site_map(circuit.node_scores.of_kind(), marked), "Map of the effect of every head"
+        ),
         curve=figures.svg(figures.faithfulness_curve(evaluation), "Faithfulness by number of heads left in"),
         example=example,
         patterns=patterns,
