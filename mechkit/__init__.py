@@ -7,6 +7,7 @@
     found, held_out = task.split(0.5)
     circuit = mk.discover(model, found, method="patch", size=13)
     circuit.evaluate(model, held_out)
+    mk.path_patch(model, found, receivers="23.3.q").top(5)
 
 The public names below are imported when first used, so that ``import mechkit`` is quick.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from . import metrics, planted, tasks
     from .circuits.circuit import Circuit
     from .circuits.compare import CircuitDiff, Overlap
+    from .circuits.criteria import completeness, minimality
     from .circuits.curve import Curve, curve
     from .circuits.discover import discover
     from .circuits.evaluate import Evaluation
@@ -40,6 +42,8 @@ _HOMES = {
     "Circuit": "circuits.circuit",
     "CircuitDiff": "circuits.compare",
     "Overlap": "circuits.compare",
+    "completeness": "circuits.criteria",
+    "minimality": "circuits.criteria",
     "Curve": "circuits.curve",
     "curve": "circuits.curve",
     "discover": "circuits.discover",
@@ -88,6 +92,7 @@ __all__ = [
     "__version__",
     "ablate",
     "attend",
+    "completeness",
     "curve",
     "discover",
     "edge",
@@ -95,6 +100,7 @@ __all__ = [
     "heads",
     "load",
     "metrics",
+    "minimality",
     "patch",
     "patch_in",
     "path_patch",

@@ -8,7 +8,7 @@ The gradient of the metric at the leaf is the target's gradient; there is nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ class SeparateInputs:
         changes: Mapping[Part, Callable[[Tensor], Tensor]] | None = None,
         added: Mapping[tuple[str, int, int | None], Tensor] | None = None,
         keep: tuple[Part, ...] = (),
-    ) -> Tensor:
+        until: Part | None = None,
+    ) -> Tensor | None:
         """Logits ``[batch, pos, vocab]``.
 
         Args:
@@ -54,8 +55,9 @@ class SeparateInputs:
             changes: what becomes of the output of some parts.
             added: what some inputs have in addition to the stream; zeros for the others.
             keep: whose values go to ``seen``.
+            until: the run ends, without logits, when this part is seen.
         """
-        self.leaves, self.seen, self._added = {}, {}, added or {}
+        self.leaves, self.seen, self._added, self._until = {}, {}, added or {}, until
         changes = changes or {}
         with ExitStack() as stack:
             for kind, layer in {*changes, *keep} - {*self._reading()}:  # first: blocks are noted with them
@@ -68,7 +70,9 @@ class SeparateInputs:
                     stack.enter_context(tapped(self.model, kind, layer, self._reader(kind, layer, change, keep)))
             end = self._reader("logits", self.n_layers, lambda own: own, keep)
             stack.enter_context(tapped(self.model, "resid", self.n_layers, end))
-            return self.model(tokens, use_cache=False).logits
+            with suppress(_Stop):
+                return self.model(tokens, use_cache=False).logits
+        return None
 
     def _reading(self) -> Iterator[Part]:
         return ((kind, layer) for kind in ("q", "k", "v", "mlp") for layer in range(self.n_layers))
@@ -77,6 +81,8 @@ class SeparateInputs:
         def tap(own: Tensor) -> Tensor:
             if self._inner is None:
                 own = self.seen[kind, layer] = change(own)
+                if self._until == (kind, layer):
+                    raise _Stop
             return own
 
         return tap
@@ -247,7 +253,7 @@ def _by_patterns(model: torch.nn.Module, base: Tensor, metric: Metric, change: T
         for j, (kind, layer, head) in enumerate(keys):
             for i in range(change.shape[1]) if kind in ("q", "k") else ():
                 part = ("pattern", layer)
-                separate.run(base, added={(kind, layer, head): change[:, i]}, keep=(part,))
+                separate.run(base, added={(kind, layer, head): change[:, i]}, keep=(part,), until=part)
                 scores[:, i, j] = ((separate.seen[part] - own[part]) * gradients[part]).sum((1, 2, 3))
     return scores
 
