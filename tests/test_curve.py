@@ -133,8 +133,11 @@ def test_a_ranking_that_cannot_be_evaluated_is_refused():
         curve(scores.only(scores.edges[:9]), model, task, progress=False)
     with pytest.raises(OptionError, match="those of Graph"):
         curve(edge_scores(tiny("gpt2")), model, task, progress=False)
-    with pytest.raises(UnsupportedError, match="have no score"):
+    with pytest.raises(OptionError, match="9 of 12 nodes"):
         curve(node_scores(model, task, "0.1 0.2 1.3"), model, task, progress=False)
+    each = mk.patch(model, task, "mlps", positions="each", progress=False)
+    with pytest.raises(OptionError, match="several rows"):
+        curve(each, model, task, progress=False)
     with pytest.raises(UnsupportedError, match="kinds q"):
         curve(node_scores(model, task, "q"), model, task, progress=False)
     flat = task.with_metric(lambda logits, task: logits.new_ones(len(task)))

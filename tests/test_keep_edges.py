@@ -111,6 +111,8 @@ def test_keeping_some_heads_and_mlps_equals_one_hooked_forward_a_set(family, kin
         for kept, row in zip(sets, keeper.metric(sets), strict=True):
             logits = literal.keep_nodes(untouched(family), task.clean, {str(one) for one in kept}, values)
             np.testing.assert_allclose(row, metric_of(logits, task), atol=TOLERANCE)
+            alone = keeper.metric([kept])[0]  # begins as late as it can
+            np.testing.assert_allclose(alone, metric_of(logits, task), atol=TOLERANCE)
 
 
 def graphs() -> list[Graph]:
@@ -174,6 +176,10 @@ def test_prompts_of_different_lengths_and_first_differences(ablation):
     masks = masks_of(keeper, (0.3, 0.8))
     apart = [EdgeKeeper(model, part, ablation).metric(masks) for part in parts]
     np.testing.assert_allclose(keeper.metric(masks), np.concatenate(apart, 1), atol=1e-5)
+    nodes = Keeper(model, task, ablation, kinds=("z", "mlp"))
+    sets = [nodes.parts[::2], nodes.parts[-3:]]
+    apart = [Keeper(model, part, ablation, kinds=("z", "mlp")).metric(sets) for part in parts]
+    np.testing.assert_allclose(nodes.metric(sets), np.concatenate(apart, 1), atol=1e-5)
 
 
 def test_more_prompts_than_fit_at_once_give_the_same(monkeypatch):

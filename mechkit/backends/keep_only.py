@@ -50,7 +50,7 @@ def keep_only(backend: LensBackend, tokens: Tensor, keep: Keep, read: Read, rows
 
     every = torch.arange(batch, device=tokens.device)
     none = {kind: torch.zeros_like(mask[:1]).expand(batch, -1, -1) for kind, mask in kept.items()}
-    base = LensReplay(backend, tokens, 0, (), changes(every, none, 0))
+    base = LensReplay(backend, tokens, keep.first, (), changes(every, none, 0))
     results: list[Tensor | None] = [None] * len(begins)
 
     def run(sets: Tensor) -> Tensor:

@@ -188,12 +188,13 @@ class LensBackend:
         return fitting(kept, parameter.device, _BASE_TOKENS.get(parameter.device.type, _BASE_TOKENS["cuda"]))
 
     def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
-        """Runs in which only some heads are left in; see ``Backend.keep_only``."""
+        """Runs in which only some heads, and MLPs, are left in; see ``Backend.keep_only``."""
         self.check_readout()
-        if (*tokens.shape, 0) not in self._row_bytes:
-            self.start(tokens, 0)
+        shape = (*tokens.shape, keep.first)
+        if shape not in self._row_bytes:
+            self.start(tokens, keep.first)
         tokens = tokens.to(self.info.device)
-        rows = rows_at_once(self._row_bytes[(*tokens.shape, 0)], tokens.shape[1], tokens.device)
+        rows = rows_at_once(self._row_bytes[shape], tokens.shape[1] - keep.first, tokens.device)
         return keep_only(self, tokens, keep, read, rows)
 
     def keep_edges(self, tokens: Tensor, first: int, ablated: Ablated) -> LensEdgeRuns:

@@ -147,8 +147,13 @@ class Replay(Protocol):
     first: int
     """First replayed position; earlier ones are the base run's in every variant."""
 
-    def rows(self, whole: bool = False) -> int:
-        """How many variants fit in memory side by side; ``whole``: when all of their logits are read."""
+    def rows(self, whole: bool = False, positions: int | None = None) -> int:
+        """How many variants fit in memory side by side.
+
+        Args:
+            whole: all of their logits are read.
+            positions: how many positions of each run; None: all.
+        """
         ...
 
     def recorded(self, kind: str, layer: int) -> Tensor:
@@ -181,12 +186,14 @@ class Keep:
         values: what the others get, a tensor a layer, ``[batch, pos, heads, d_head]`` or what broadcasts to it.
         mlps: which MLPs stay ``[sets, layers]``, boolean; None for all of them.
         mlp_values: what the others get, a tensor a layer, ``[batch, pos, d_model]`` or what broadcasts to it.
+        first: the first position that runs, and that the values have; nothing differs before it.
     """
 
     kept: Tensor
     values: Sequence[Tensor]
     mlps: Tensor | None = None
     mlp_values: Sequence[Tensor] = ()
+    first: int = 0
 
 
 @dataclass(frozen=True, eq=False)

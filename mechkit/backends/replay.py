@@ -137,10 +137,11 @@ class LensReplay:
             )
         return row_bytes
 
-    def rows(self, whole: bool = False) -> int:
+    def rows(self, whole: bool = False, positions: int | None = None) -> int:
         """How many variants fit in memory side by side; known once ``row_bytes`` is."""
         logits = _COPIES * 4 * self.backend.info.d_vocab if whole else 0
-        return rows_at_once(self.row_bytes + logits, self._length, self._hidden.device)
+        run = positions or self._length
+        return rows_at_once(self.row_bytes * run // self._length + logits, run, self._hidden.device)
 
     def recorded(self, kind: str, layer: int) -> Tensor:
         """The base run's values at the replayed positions."""

@@ -18,7 +18,7 @@ Wang et al. 2022 (arXiv 2211.00593), sections 4.1 and 4.2.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -182,37 +182,31 @@ class _Measure:
         reference: Task | None,
         progress: bool,
     ):
-        self.members: tuple[Any, ...] = circuit.members
+        self.members: list[Member] = [*circuit.members]
         self._keeper, self._progress = keeper_of(circuit.scores, model, task, ablation, reference), progress
-        self._parts: Any = self._keeper.parts
-        if isinstance(self._keeper, EdgeKeeper):
-            self._parts = self._keeper.graph.exists
-        empty = self._metric([self._without((), ())])
-        full = self._keeper.model_metric
-        faithfulness(full, full, empty[0])  # there is a gap at all
+        full, empty = self._keeper.model_metric, self._metric([[]], [[]])[0]
+        faithfulness(full, full, empty)  # fails where there is no gap
         self.gap = abs(float(full.mean() - empty.mean()))
 
-    def of_circuit(self, taken: Sequence[Collection[Member]]) -> np.ndarray:
+    def of_circuit(self, taken: Sequence[Sequence[Member]]) -> np.ndarray:
         """Mean metric ``[sets]`` of the circuit without each set."""
-        return self._metric([self._without(self.members, out) for out in taken]).mean(1)
+        return self._metric([self.members] * len(taken), taken).mean(1)
 
-    def both(self, taken: Sequence[Collection[Member]]) -> np.ndarray:
+    def both(self, taken: Sequence[Sequence[Member]]) -> np.ndarray:
         """Mean metric of the circuit, and of the model, without each set ``[2, sets]``."""
-        sets = [self._without(self.members, out) for out in taken] + [self._without(None, out) for out in taken]
-        return self._metric(sets).mean(1).reshape(2, -1)
+        of = [self.members] * len(taken) + [None] * len(taken)
+        return self._metric(of, [*taken, *taken]).mean(1).reshape(2, -1)
 
-    def _without(self, of: Sequence[Member] | None, taken: Collection[Member]) -> Any:
-        """Of some members, or of the whole model, those that are left: a set for the keeper."""
-        if not isinstance(self._keeper, EdgeKeeper):
-            return [one for one in (self._parts if of is None else of) if one not in taken]
-        edges: Any = (of, taken)
-        kept, gone = self._keeper.masks([() if of is None else edges[0], edges[1]])
-        return (self._parts if of is None else kept) & ~gone
-
-    def _metric(self, sets: Sequence[Any]) -> np.ndarray:
-        if isinstance(self._keeper, EdgeKeeper):
-            return self._keeper.metric(np.stack(sets), self._progress)
-        return self._keeper.metric(sets, self._progress)
+    def _metric(self, of: Sequence[Sequence[Any] | None], taken: Sequence[Sequence[Any]]) -> np.ndarray:
+        """Metric of each prompt ``[sets, n]``, with what is left of some members (None: of the model) kept."""
+        keeper = self._keeper
+        if isinstance(keeper, EdgeKeeper):
+            masks = keeper.masks([() if one is None else one for one in of])
+            masks[[one is None for one in of]] = keeper.graph.exists
+            return keeper.metric(masks & ~keeper.masks(taken), self._progress)
+        every = [keeper.parts if one is None else one for one in of]
+        kept = [[one for one in some if one not in out] for some, out in zip(every, taken, strict=True)]
+        return keeper.metric(kept, self._progress)
 
 
 def _half(members: Sequence[Member], draw: np.random.Generator) -> list[Member]:

@@ -28,7 +28,7 @@ import torch
 
 from ..backends.edge_masks import Stages
 from ..edge_scores import EdgeScores
-from ..errors import OptionError, UnsupportedError
+from ..errors import OptionError
 from ..results import Scores, as_html, provenance
 from ..sites import site
 from .keep import KINDS, EdgeKeeper, Keeper
@@ -114,7 +114,7 @@ def curve(
         progress: show a bar.
 
     Raises:
-        OptionError: fractions that do not rise from above 0 to at most 1, or edges without a score.
+        OptionError: fractions that do not rise from above 0 to at most 1, or edges or nodes without a score.
         UnsupportedError: scores of other sites than heads and MLPs.
         MetricError: the model does no better than with everything ablated.
     """
@@ -232,17 +232,16 @@ def _of_nodes(
     keeper: Keeper, scores: Scores, fractions: np.ndarray, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """As ``_of_edges``, of nodes."""
-    frame = scores.frame[scores.frame["kind"].isin(KINDS) & ~scores.frame["site"].duplicated()]
-    chosen = _counts(fractions, len(frame))
-    orders = [frame["score"].abs().to_numpy(float), frame["score"].to_numpy(float)]
-    if not np.isfinite(orders[0]).all():
-        raise OptionError("Nodes whose score is not a number", expected="finite scores")
-    nodes = [site(text) for text in frame["site"]]
-    if missing := len(keeper.parts) - len(nodes):
-        raise UnsupportedError(
-            f"{missing} of {len(keeper.parts)} heads and MLPs of these kinds have no score",
-            expected="scores of all of them",
+    rows = scores.frame["kind"].isin(KINDS).to_numpy()
+    nodes, values = [site(text) for text in scores.frame["site"][rows]], scores.frame["score"].to_numpy(float)[rows]
+    if len({*nodes}) < len(nodes):
+        raise OptionError("Scores with several rows of the same node", expected="one row a node")
+    if missing := len(keeper.parts) - int(np.isfinite(values).sum()):
+        raise OptionError(
+            f"{missing} of {len(keeper.parts)} nodes of these kinds have no score", expected="one of each"
         )
-    sets = [[nodes[i] for i in np.argsort(-key, kind="stable")[:count]] for key in orders for count in chosen]
-    values = keeper.metric([[], *sets], progress)
-    return chosen, np.tile(chosen, len(RANKINGS)), values[1:], values[0]
+    chosen = _counts(fractions, len(nodes))
+    orders = [np.argsort(-key, kind="stable") for key in (np.abs(values), values)]
+    sets = [[nodes[i] for i in order[:count]] for order in orders for count in chosen]
+    metric = keeper.metric([[], *sets], progress)
+    return chosen, np.tile(chosen, len(RANKINGS)), metric[1:], metric[0]

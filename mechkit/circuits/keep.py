@@ -5,8 +5,8 @@
 2. Measure the model as it is, once.
 3. Run every set of parts with all others replaced; or every set of edges, with all others carrying what their source
    writes when ablated. Only the answer is read.
-4. Edges resampled from the prompts' own twins: nothing differs before the twins do. Prompts whose twins begin to
-   differ at about the same position run together from there.
+4. What is resampled from a prompt's own twin does not differ before the twins do. Prompts whose twins begin to differ
+   at about the same position run together from there.
 """
 
 from __future__ import annotations
@@ -72,6 +72,24 @@ class _Measured:
         means = template_means(self._model, self._reference, sites)
         return {key: means.rows(key, self._task) for key in means.values}
 
+    def _windows(self) -> Iterator[tuple[Tensor, slice]]:
+        """Prompts that run together, and the positions at which anything may differ."""
+        task, first = self._task, torch.zeros_like(self._task.lengths)
+        if self._ablation == "resample":
+            differ = task.clean != self._reference.corrupt
+            first = torch.where(differ.any(1), differ.int().argmax(1), task.lengths - 1)
+        for rows in _together(first, task.lengths, self._model.backend.base_tokens()):
+            yield rows, slice(int(first[rows].min()), int(task.lengths[rows].max()))
+
+    def _read_of(self, rows: Tensor) -> Read:
+        columns = self._read.columns
+        return Read(self._read.positions[rows], None if columns is None else columns[rows])
+
+    def _logits(self, sets: int) -> Tensor:
+        """Room for the logits of sets ``[sets, n, k]``."""
+        width = self._model.info.d_vocab if self._read.columns is None else self._read.columns.shape[1]
+        return torch.empty(sets, len(self._task), width)
+
     def _measure(self, logits: Tensor) -> np.ndarray:
         return self._task.metric(logits, self._task, self._clean).cpu().numpy()
 
@@ -105,7 +123,7 @@ class Keeper(_Measured):
         every = [Site(layer, None if kind == "mlp" else 0, kind) for layer in range(model.n_layers) for kind in kinds]
         values, nothing = self._ablated(every), torch.zeros(())  # a recording holds all heads of its layer
         self._heads, self._mlps = ([values.get((kind, at), nothing) for at in range(model.n_layers)] for kind in KINDS)
-        self._kinds = frozenset(kinds)
+        self._kinds, self._groups = frozenset(kinds), list(self._windows())
         graph = Graph(model.n_layers, model.n_heads, model.n_kv_heads)
         self.parts = tuple(one for one in graph.sources if one.kind in kinds)
 
@@ -133,15 +151,20 @@ class Keeper(_Measured):
         any_part = heads.any(-1) | mlps if "mlp" in self._kinds else heads.any(-1)
         order = any_part.int().argmax(-1).argsort(descending=True)
         values = np.empty((len(kept), len(self._task)), dtype=np.float32)
-        with tqdm(total=len(kept), desc="evaluating", unit="set", disable=not progress) as bar:
+        with tqdm(total=values.size, desc="evaluating", unit="run", disable=not progress) as bar:
             for some in order.split(_SETS_AT_ONCE):
-                keep = Keep(heads[some], self._heads)
-                if "mlp" in self._kinds:
-                    keep = Keep(heads[some], self._heads, mlps[some], self._mlps)
-                logits = self._model.backend.keep_only(self._task.clean, keep, self._read)
+                logits = self._logits(len(some))
+                for rows, window in self._groups:
+                    at_heads, at_mlps = ([_part(one, rows, window) for one in v] for v in (self._heads, self._mlps))
+                    keep = Keep(heads[some], at_heads, first=window.start)
+                    if "mlp" in self._kinds:
+                        keep = Keep(heads[some], at_heads, mlps[some], at_mlps, window.start)
+                    tokens = self._task.clean[rows, : window.stop]
+                    found = self._model.backend.keep_only(tokens, keep, self._read_of(rows))
+                    logits[:, rows] = found.to("cpu", torch.float32)
+                    bar.update(len(some) * len(rows))
                 for number, one in zip(some.tolist(), logits, strict=True):
                     values[number] = self._measure(one)
-                bar.update(len(some))
         return values
 
 
@@ -214,16 +237,13 @@ class EdgeKeeper(_Measured):
                 f"Masks of shape {list(masks.shape)} and type {masks.dtype}",
                 expected=f"booleans of shape [sets, {self.graph.exists.shape[0]}, {self.graph.exists.shape[1]}]",
             )
-        n = len(self._task)
-        width = self._model.info.d_vocab if self._read.columns is None else self._read.columns.shape[1]
-        at_once = max(1, _AT_ONCE // (4 * n * width + masks[0].numel()))
-        values = np.empty((len(masks), n), dtype=np.float32)
-        with tqdm(total=len(masks) * n, desc="evaluating", unit="run", disable=not progress) as bar:
+        values = np.empty((len(masks), len(self._task)), dtype=np.float32)
+        at_once = max(1, _AT_ONCE // (4 * self._logits(1).numel() + masks[0].numel()))
+        with tqdm(total=values.size, desc="evaluating", unit="run", disable=not progress) as bar:
             for sets in torch.arange(len(masks)).split(at_once):
-                logits = torch.empty(len(sets), n, width)
+                logits = self._logits(len(sets))
                 for rows, runs in self._groups:
-                    columns = None if self._read.columns is None else self._read.columns[rows]
-                    for some, which, found in runs.keep(masks[sets], Read(self._read.positions[rows], columns)):
+                    for some, which, found in runs.keep(masks[sets], self._read_of(rows)):
                         logits[some[:, None], rows[which]] = found.to("cpu", torch.float32)
                         bar.update(len(some) * len(which))
                 for number, one in zip(sets.tolist(), logits, strict=True):
@@ -232,17 +252,16 @@ class EdgeKeeper(_Measured):
 
     def _started(self, values: Mapping[tuple[str, int], Tensor]) -> Iterator[tuple[Tensor, EdgeRuns]]:
         """Prompts that run together, and their base run."""
-        task, resampled = self._task, self._ablation == "resample"
-        first = torch.zeros_like(task.lengths)
-        if resampled:
-            differ = task.clean != self._reference.corrupt
-            first = torch.where(differ.any(1), differ.int().argmax(1), task.lengths - 1)
-        for rows in _together(first, task.lengths, self._model.backend.base_tokens()):
-            window = slice(int(first[rows].min()), int(task.lengths[rows].max()))
-            mine = {key: value[rows, window] if value.ndim else value for key, value in values.items()}
-            ablated = Ablated(mine, resampled, self.graph.ungrouped)
-            tokens = task.clean[rows, : window.stop]
+        for rows, window in self._windows():
+            mine = {key: _part(value, rows, window) for key, value in values.items()}
+            ablated = Ablated(mine, self._ablation == "resample", self.graph.ungrouped)
+            tokens = self._task.clean[rows, : window.stop]
             yield rows, self._model.backend.keep_edges(tokens, window.start, ablated)
+
+
+def _part(values: Tensor, rows: Tensor, window: slice) -> Tensor:
+    """Of values ``[n, pos, ...]``, or of one for all, those of some prompts and positions."""
+    return values[rows.to(values.device), window] if values.ndim else values
 
 
 def _together(first: Tensor, lengths: Tensor, tokens: int) -> Iterator[Tensor]:

@@ -257,7 +257,9 @@ def _variants(work: _Work, base: _Base, todo: Tensor, rows: int | None) -> Itera
         logits = replay.resume(writes, read) if paths is None else replay.via(writes, paths, read)
         return logits[order.argsort().to(model.info.device)]
 
-    yield from in_batches(todo, rows or replay.rows(whole=columns is None), run)
+    # On a path to the logits, one position of each variant is run.
+    alone = paths is not None and all(one.kind == "logits" for one in paths.receivers)
+    yield from in_batches(todo, rows or replay.rows(columns is None, 1 if alone else None), run)
 
 
 def _kept_by(model: Model, paths: Paths | None, keys: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
