@@ -73,11 +73,11 @@ def methods(model: mk.Model, task: mk.Task) -> list[tuple[str, str, Callable[[],
         return mk.EdgeScores.of_matrix(graph, np.random.default_rng(0).normal(size=graph.exists.shape), "none", {})
 
     return [
-        ("edges", "at random", at_random),
         ("edges", "eap", edges("eap")),
         ("edges", "eap-ig", edges("eap-ig")),
         ("edges", "eap, RelP", edges("eap", gradients="relp")),
         ("edges", "eap, AtP*", edges("eap", correction="atp*")),
+        ("edges", "at random", at_random),
         ("heads", "patch", nodes("patch", HEADS)),
         ("heads", "path", nodes("path", HEADS)),
         ("heads and MLPs", "patch", nodes("patch", PARTS)),
