@@ -47,14 +47,16 @@ def fingerprint(
     """What makes one sweep differ from another."""
     spans = [text for name in sorted(task.spans) for text in (name, task.spans[name].tolist())]
     prompts = [base.tolist(), source.tolist(), task.answers.tolist(), task.lengths.tolist(), spans]
-    return {
+    identity = {
         "mechkit": __version__,
         "model": f"{model.name} {model.weights_hash} {model.info.dtype}",
         "prompts": _digest(prompts),
         "metric": metric.name,
         "sites and positions": _digest([f"{cell.site} {cell.positions}" for cell in cells]),
-        "receivers": "" if paths is None else f"{list(map(str, paths.receivers))} {paths.through_mlps} {paths.each}",
     }
+    if paths is not None:
+        identity["receivers"] = f"{list(map(str, paths.receivers))} {paths.through_mlps} {paths.each}"
+    return identity
 
 
 def _digest(what: Any) -> str:
