@@ -136,7 +136,8 @@ def keeper_of(
         if keeper.graph != scores.graph:
             raise OptionError(f"Scores of the edges of {scores.graph}", expected=f"those of {keeper.graph}")
         return keeper
-    kinds = [kind for kind in dict.fromkeys(scores.frame["kind"]) if kind != "embed"]  # which is always left in
+    found = dict.fromkeys(site(text).kind for text in scores.frame["site"])
+    kinds = [kind for kind in found if kind != "embed"]  # which is always left in
     return Keeper(model, task, ablation, reference, kinds)
 
 
