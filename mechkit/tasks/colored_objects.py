@@ -10,9 +10,9 @@
    same tokens but for the word asked for, and the answers change sides. ``corrupt="unlisted"`` is the paper's: an
    object that is not in the list is asked for, no answer is right, and the wrong answer is a color not in the list.
 
-Wording, objects and colors are the paper's. It is a hard task: GPT-2 medium names the right color half of the time (the
-paper's 49.6%), and SmolLM2-135M prefers it to one other color on about six prompts of ten, with this wording or with
-others that were tried ("The ball is", "The color of the ball is", two objects, up to six shots). Expect the warning there.
+Wording, objects and colors are the paper's. It is a hard task: GPT-2 medium names the right color half of the time
+(the paper's 49.6%), and SmolLM2-135M prefers it to one other color on about six prompts of ten, with this wording or
+others that were tried ("The ball is", "The color of the ball is", two objects, up to six shots). Expect the warning.
 """
 
 from __future__ import annotations
