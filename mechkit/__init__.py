@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .circuits.curve import Curve, curve
     from .circuits.discover import discover
     from .circuits.evaluate import Evaluation
+    from .decomposition.cdt import decompose
     from .edge_scores import EdgeScores
     from .edits import ablate, attend, patch_in, scale, steer
     from .errors import MechkitError, MechkitWarning
@@ -48,6 +49,7 @@ _HOMES = {
     "curve": "circuits.curve",
     "discover": "circuits.discover",
     "Evaluation": "circuits.evaluate",
+    "decompose": "decomposition.cdt",
     "EdgeScores": "edge_scores",
     "ablate": "edits",
     "attend": "edits",
@@ -94,6 +96,7 @@ __all__ = [
     "attend",
     "completeness",
     "curve",
+    "decompose",
     "discover",
     "edge",
     "edges",

@@ -113,7 +113,7 @@ class Table:
         return as_html(self.top(10), f"The largest of {len(self)} scores, in {self.unit}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores(Table):
     """One score a site.
 

@@ -16,19 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from .gradients import plain_tensors
+from .norms import Norm, elementwise_activation, norms_of
 
 if TYPE_CHECKING:
     from .lens import LensBackend
 
 _GATES = ("gate_proj", "gate_up_proj")
-_OFF = 1e-3  # of a norm's values from what it is taken to compute, relative to the largest
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def relevance(backend: LensBackend) -> Iterator[None]:
     Raises:
         UnsupportedError: a norm, activation or gate is not where it is looked for.
     """
-    norms, activations, products = _norms(backend), _activations(backend), _gated_products(backend)
+    norms, activations, products = norms_of(backend.hf), _activations(backend), _gated_products(backend)
     ran: set[nn.Module] = set()
     with ExitStack() as stack:
         for norm in norms:
@@ -55,35 +55,14 @@ def relevance(backend: LensBackend) -> Iterator[None]:
         yield
 
 
-def _norms(backend: LensBackend) -> list[nn.Module]:
-    """Every norm, of those inside each other the outermost."""
-    found: list[nn.Module] = []
-
-    def walk(module: nn.Module) -> None:
-        for child in module.children():
-            if "norm" in type(child).__name__.lower():
-                found.append(child)
-            else:
-                walk(child)
-
-    walk(backend.hf)
-    return list(dict.fromkeys(found))
-
-
 def _activations(backend: LensBackend) -> list[nn.Module]:
     found: list[nn.Module] = []
     for layer, block in enumerate(backend.bridge.blocks):
-        own = {id(module): module for module in block.modules() if _is_activation(module)}
+        own = {id(module): module for module in block.modules() if elementwise_activation(module)}
         if len(own) != 1:
             raise _unknown(backend, f"{len(own)} activations in layer {layer}")
         found += own.values()
     return list(dict.fromkeys(found))
-
-
-def _is_activation(module: nn.Module) -> bool:
-    home = type(module).__module__
-    known = home in ("torch.nn.modules.activation", "transformers.activations") or type(module).__name__ == "BloomGelu"
-    return known and not isinstance(module, nn.MultiheadAttention | nn.Softmax)
 
 
 def _gated_products(backend: LensBackend) -> list[nn.Module]:
@@ -99,33 +78,14 @@ def _gated_products(backend: LensBackend) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def _with_fixed_scale(backend: LensBackend, norm: Any, ran: set[nn.Module]) -> Callable[..., Tensor]:
-    """A forward hook; which norm it is, is found at the first call."""
-    known: list[tuple[bool, float]] = []
-    # Own attributes only: a bridge looks for others in what it wraps, and in vain.
-    epsilons = [getattr(norm, name, None) for name in ("eps", "variance_epsilon")] + [backend.bridge.cfg.eps]
-    epsilon = next(float(one) for one in epsilons if one is not None)
-
-    def parts(x: Tensor, centred: bool, offset: float) -> tuple[Tensor, Tensor]:
-        centre = x - x.mean(-1, keepdim=True) if centred else x
-        gain = (centre.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        weight = getattr(norm, "weight", None)
-        return centre, (gain if weight is None else gain * (weight.float() + offset)).detach()
+def _with_fixed_scale(backend: LensBackend, module: nn.Module, ran: set[nn.Module]) -> Callable[..., Tensor]:
+    """A forward hook."""
+    norm = Norm(module, backend.bridge.cfg.eps, lambda what: _unknown(backend, what))
 
     def hook(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        x, bias = args[0].float(), getattr(norm, "bias", None)
-        if not known:
-            for centred in (False, True):
-                for offset in (0.0, 1.0):  # Gemma's weights are kept less 1
-                    centre, gain = parts(x, centred, offset)
-                    value = centre * gain if bias is None else centre * gain + bias
-                    if float((value - out).abs().max()) <= _OFF * max(1.0, float(out.abs().max())):
-                        known.append((centred, offset))
-            if not known:
-                raise _unknown(backend, f"a {type(norm).__name__} that is no LayerNorm and no RMSNorm")
-        ran.add(norm)
-        centre, gain = parts(x, *known[0])
-        return _moved(out, centre * gain)
+        centre, gain = norm.parts(args[0], out)
+        ran.add(module)
+        return _moved(out, centre * gain if norm.bias is None else centre * gain + norm.bias)
 
     return hook
 

@@ -7,6 +7,7 @@
     "eap-ig"    the same, gradients averaged between the twins (mk.edges)               yes     yes
     "exact"     every edge patched by itself (mk.edges): small models                   yes     yes
     "acdc"      what the behaviour does without is taken out (circuits.acdc)            yes     yes
+    "cd-t"      contextual decomposition from the logits backwards (decomposition)      yes
 
 1. Score the nodes, or the edges.
 2. Keep the largest in size, whatever their sign: parts that work against a behaviour belong to its circuit. Nodes whose
@@ -23,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..decomposition import search
 from ..edge_scores import EdgeScores
 from ..errors import OptionError, UnsupportedError
 from ..graph import Edge
@@ -33,6 +35,7 @@ from ..results import Scores, provenance
 from ..sites import Site, SitesLike
 from . import acdc, backwards
 from .circuit import Circuit
+from .prune import greedily_pruned
 from .select import SELECTIONS, chosen_edges
 
 if TYPE_CHECKING:
@@ -41,7 +44,8 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 _BY_EDGES = ("eap", "eap-ig", "eap-ig-activations", "exact")
-METHODS = ("patch", "path", *_BY_EDGES, "acdc")
+METHODS = ("patch", "path", *_BY_EDGES, "acdc", "cd-t")
+_WIDTHS = {"path": 4, "cd-t": 2}
 _SIZES = {"node": 13, "edge": 200}
 _PARTS = (["heads"], ["mlps"], ["heads", "mlps"])
 
@@ -49,7 +53,7 @@ _PARTS = (["heads"], ["mlps"], ["heads", "mlps"])
 def discover(
     model: Model,
     task: Task,
-    method: Literal["patch", "path", "eap", "eap-ig", "eap-ig-activations", "exact", "acdc"] = "patch",
+    method: Literal["patch", "path", "eap", "eap-ig", "eap-ig-activations", "exact", "acdc", "cd-t"] = "patch",
     *,
     level: Literal["node", "edge"] = "node",
     sites: SitesLike = "heads",
@@ -57,7 +61,7 @@ def discover(
     min_share: float | None = None,
     selection: Literal["top", "greedy"] = "top",
     direction: Literal["denoise", "noise"] | None = None,
-    width: int = 4,
+    width: int | None = None,
     threshold: float = 0.01,
     ablation: Ablation = "resample",
     prune: bool = True,
@@ -79,14 +83,16 @@ def discover(
         selection: of edges, ``"top"`` or ``"greedy"``; see ``circuits.select``. Of nodes by an edge method, greedy
             takes the nodes in the order in which the greedy search reaches them.
         direction: of the patches; left out: ``"denoise"`` for ``"patch"``, ``"noise"`` for the rest.
-        width: by path patching, how many parts a step may add (edges: for each receiver).
+        width: how many parts a step adds: by path patching (4; edges: for each receiver), and by decomposition (2).
         threshold: by ACDC, the fraction of the metric gap that a part must be worth.
-        ablation: by ACDC, what takes the place of what is out.
-        prune: take dead ends out of circuits of edges.
+        ablation: by ACDC, and in pruning by decomposition, what takes the place of what is out.
+        prune: take dead ends out of circuits of edges; by decomposition, take out what the circuit is better without
+            (``circuits.prune``).
         checkpoint: a file that keeps what is done, and from which the same call goes on; for ``"patch"`` and the edge
             methods.
         progress: show bars.
-        options: of ``mk.edges``, such as ``steps=5``, for the edge methods.
+        options: of ``mk.edges``, such as ``steps=5``, for the edge methods; of ``mk.decompose``, such as
+            ``reference="mean"``, for ``"cd-t"``.
 
     Returns:
         The circuit, its nodes or edges in order of the size of their score, with the scores of all.
@@ -96,13 +102,14 @@ def discover(
         SiteError, TaskError, MetricError, UnsupportedError: as of the function that measures.
     """
     started = time.perf_counter()
+    width = width if width is not None else _WIDTHS.get(method, 1)
     _check(method, level, selection, size, min_share, width, threshold, options)
     largest = size or _SIZES[level]
     share = min_share if min_share is not None else {"node": 0.2, "edge": 0.0}[level]
     words = sites if isinstance(sites, str) else " ".join(map(str, sites))  # type: ignore[arg-type]
     if method != "patch" and sorted(words.replace(",", " ").split()) not in _PARTS:
         raise OptionError(f"sites = {words!r} for {method!r}", expected='"heads", "mlps" or "heads mlps"')
-    if checkpoint and method in ("path", "acdc"):
+    if checkpoint and method in ("path", "acdc", "cd-t"):
         raise OptionError(f"A checkpoint for {method!r}", expected="none: it is made of many short sweeps")
     way = direction or ("denoise" if method == "patch" else "noise")
     chosen: list[Site] | list[Edge]
@@ -123,6 +130,9 @@ def discover(
             chosen, scores = acdc.by_nodes(model, task, parts, threshold, ablation, progress)
         else:
             chosen, scores = acdc.by_edges(model, task, threshold, ablation, progress)
+    elif method == "cd-t":
+        chosen, scores = search.by_nodes(model, task, words, largest, width, progress, **options)
+        chosen = greedily_pruned(model, task, chosen, ablation) if prune else chosen
     else:
         every = score_edges(model, task, method, direction=way, checkpoint=checkpoint, progress=progress, **options)
         if level == "edge":
@@ -141,8 +151,9 @@ def discover(
         min_share=share,
         selection=selection,
         direction=way,
-        **({"width": width} if method == "path" else {}),
-        **({"threshold": threshold, "ablation": ablation} if method == "acdc" else {}),
+        **({"width": width} if method in _WIDTHS else {}),
+        **({"threshold": threshold} if method == "acdc" else {}),
+        **({"ablation": ablation} if method in ("acdc", "cd-t") else {}),
         **options,
     )
     with suppress(UnsupportedError):  # of a family that only activation patching serves
@@ -168,8 +179,8 @@ def _check(
     for name, (value, known) in allowed.items():
         if value not in known:
             raise OptionError(f"{name} = {value!r}", expected="one of " + ", ".join(known))
-    if method == "patch" and level == "edge":
-        raise OptionError('level = "edge" for "patch"', expected="a method that scores edges")
+    if method in ("patch", "cd-t") and level == "edge":
+        raise OptionError(f'level = "edge" for {method!r}', expected="a method that scores edges")
     if selection == "greedy" and method not in _BY_EDGES:
         raise OptionError(f"selection = 'greedy' for {method!r}", expected="one of " + ", ".join(_BY_EDGES))
     if size is not None and (not isinstance(size, int) or size < 1):
@@ -180,8 +191,11 @@ def _check(
         raise OptionError(f"width = {width!r}", expected="a whole number from 1")
     if not threshold > 0:
         raise OptionError(f"threshold = {threshold!r}", expected="a fraction of the gap above 0")
-    if options and method not in _BY_EDGES:
-        raise OptionError(f"{', '.join(options)} for {method!r}", expected="options of mk.edges for the edge methods")
+    if options and method not in (*_BY_EDGES, "cd-t"):
+        raise OptionError(
+            f"{', '.join(options)} for {method!r}",
+            expected='options of mk.edges for the edge methods, of mk.decompose for "cd-t"',
+        )
 
 
 def _largest(scores: Scores, size: int, min_share: float) -> list[Site]:

@@ -50,16 +50,17 @@ def fingerprint(
     identity = {
         "mechkit": __version__,
         "model": f"{model.name} {model.weights_hash} {model.info.dtype}",
-        "prompts": _digest(prompts),
+        "prompts": digest(prompts),
         "metric": metric.name,
-        "sites and positions": _digest([f"{cell.site} {cell.positions}" for cell in cells]),
+        "sites and positions": digest([f"{cell.site} {cell.positions}" for cell in cells]),
     }
     if paths is not None:
         identity["receivers"] = f"{list(map(str, paths.receivers))} {paths.through_mlps} {paths.each}"
     return identity
 
 
-def _digest(what: Any) -> str:
+def digest(what: Any) -> str:
+    """A fingerprint of what JSON can write."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,1 @@
+"""Contextual decomposition: what part of an activation comes from chosen sources."""
