@@ -78,8 +78,8 @@ def discover(
         level: ``"node"`` or ``"edge"``. Circuits of edges are of the whole graph: embedding, heads, MLPs, logits.
         sites: of nodes, what to choose from: ``"heads"``, ``"mlps"``, ``"heads mlps"``; for ``"patch"`` also addresses.
         size: the largest number of nodes (13), or edges (200). ``"acdc"`` has none.
-        min_share: leave out what is below this share of the largest score (0: fill up to ``size``); by path patching,
-            of the largest in a step. Left out: 0.2 for nodes, 0 for edges.
+        min_share: leave out what is below this share of the largest score (0: fill up to ``size``); by path patching
+            and decomposition, of the largest in a step. Left out: 0.2 for nodes, 0 for edges.
         selection: of edges, ``"top"`` or ``"greedy"``; see ``circuits.select``. Of nodes by an edge method, greedy
             takes the nodes in the order in which the greedy search reaches them.
         direction: of the patches; left out: ``"denoise"`` for ``"patch"``, ``"noise"`` for the rest.
@@ -131,7 +131,7 @@ def discover(
         else:
             chosen, scores = acdc.by_edges(model, task, threshold, ablation, progress)
     elif method == "cd-t":
-        chosen, scores = search.by_nodes(model, task, words, largest, width, progress, **options)
+        chosen, scores = search.by_nodes(model, task, words, largest, width, share, progress, **options)
         chosen = greedily_pruned(model, task, chosen, ablation) if prune else chosen
     else:
         every = score_edges(model, task, method, direction=way, checkpoint=checkpoint, progress=progress, **options)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..tasks.task import Task
 
+_TOO_LARGE = 1e3  # times the logits, and a relevant part of them means nothing any more
 _PARTS = 3  # times what a block puts out for a variant: the part, and what the rules make on the way
 
 
@@ -191,6 +192,7 @@ class _Batch:
             read = Read(self._task.answer_positions, columns)
         out = split_pass(self._backend, self._replay, work.rules, chosen, references, taps, read)
         if out is not None and out.relevant is not None:
+            _check_size(out)
             again = torch.arange(len(prompts)).repeat(len(some))
             measured = metric(out.relevant.flatten(0, 1), self._task[again], None).cpu().view(len(some), -1, 1, 1)
             place = [site.kind for site in work.targets].index("logits")
@@ -208,6 +210,22 @@ class _Batch:
                     found[: len(x.relevant), :, i] = arrived(x, reference, mask, _slot(self._work.model, site)).cpu()
 
         return read
+
+
+def _check_size(out: Split) -> None:
+    """Whether relevant parts have stayed within what they are parts of.
+
+    Raises:
+        UnsupportedError: they have not.
+    """
+    assert out.relevant is not None
+    largest = float(out.relevant.abs().max())
+    if not largest <= _TOO_LARGE * max(1.0, float(out.total.abs().max())):
+        raise UnsupportedError(
+            f"What is relevant of the logits grew to {largest:.2g}, where the logits themselves are at most "
+            f"{float(out.total.abs().max()):.2g}: parts of opposite signs fed each other",
+            fix='Use stabilise=True, activation="shapley", or reference="corrupt", whose parts are smaller',
+        )
 
 
 def arrived(x: Split, reference: Tensor, mask: Tensor, slot: int | None) -> Tensor:

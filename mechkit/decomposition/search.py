@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def by_nodes(
-    model: Model, task: Task, sites: str, size: int, width: int, progress: bool = True, **options: Any
+    model: Model, task: Task, sites: str, size: int, width: int, min_share: float, progress: bool = True, **options: Any
 ) -> tuple[list[Site], Scores]:
     """The parts found, in order, and the scores of all.
 
@@ -39,6 +39,7 @@ def by_nodes(
         sites: ``"heads"``, ``"mlps"`` or both words.
         size: how many parts at most.
         width: how many parts a step takes.
+        min_share: leave out what is below this share of the largest relevance in a step.
         progress: show bars.
         options: of ``decompose``.
     """
@@ -51,7 +52,8 @@ def by_nodes(
         step["score"] = step["relevance"] / largest if largest else 0.0
         step["se"] = np.nan if best is not None else step["se"] / largest if largest else np.nan
         best = step if best is None else _larger(best, step)
-        order = step.loc[step["relevance"].abs().sort_values(ascending=False, kind="stable").index, "site"]
+        sizes = step["relevance"].abs().sort_values(ascending=False, kind="stable")
+        order = step.loc[sizes[(sizes > 0) & (sizes >= min_share * largest)].index, "site"]
         new = [one for one in map(site, order) if one not in found][: min(width, size - len(found))]
         found += new
         targets = [one for node in new for one in _read_by(model, node, sites)]
