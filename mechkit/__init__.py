@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import metrics, planted, tasks
+    from . import metrics, planted, tasks, view
     from .circuits.circuit import Circuit
     from .circuits.compare import CircuitDiff, Overlap
     from .circuits.criteria import completeness, minimality
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .circuits.discover import discover
     from .circuits.evaluate import Evaluation
     from .decomposition.cdt import decompose
+    from .decomposition.tokens import TokenScores, token_scores
     from .edge_scores import EdgeScores
     from .edits import ablate, attend, patch_in, scale, steer
     from .errors import MechkitError, MechkitWarning
@@ -72,8 +73,10 @@ _HOMES = {
     "site": "sites",
     "load": "sources",
     "Task": "tasks.task",
+    "TokenScores": "decomposition.tokens",
+    "token_scores": "decomposition.tokens",
 }
-_MODULES = ("errors", "metrics", "planted", "sites", "tasks")
+_MODULES = ("errors", "metrics", "planted", "sites", "tasks", "view")
 
 __all__ = [
     "Circuit",
@@ -91,6 +94,7 @@ __all__ = [
     "Scores",
     "Site",
     "Task",
+    "TokenScores",
     "__version__",
     "ablate",
     "attend",
@@ -112,6 +116,8 @@ __all__ = [
     "site",
     "steer",
     "tasks",
+    "token_scores",
+    "view",
 ]
 
 

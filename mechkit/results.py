@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _CSV_HEADER = "# mechkit scores: "
-_AS_WRITTEN = {**dict.fromkeys(("site", "sender", "receiver", "source", "target"), str), "head": "Int64"}
+_AS_WRITTEN = {**dict.fromkeys(("site", "sender", "receiver", "source", "target", "token"), str), "head": "Int64"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class Table:
                 with path.open() as file:
                     text = file.readline().removeprefix(_CSV_HEADER)
                     # Left to itself, pandas reads head "0.10" as the number 0.1.
-                    frame = pd.read_csv(file, dtype=_AS_WRITTEN)
+                    frame = pd.read_csv(file, dtype=_AS_WRITTEN, keep_default_na=False, na_values=[""])
             extra = json.loads(text)
             return cls(frame, extra["unit"], extra["meta"])
         except (OSError, KeyError, ValueError) as error:

@@ -230,7 +230,8 @@ def _added_product(func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alp
 def _softmax(func: Any, x: Split, dim: int, *rest: Any, **kwargs: Any) -> Split:
     total = func(x.total, dim, *rest, **kwargs)
     relevant = None
-    if x.role == "scores" and x.relevant is not None:
+    # Frozen patterns have none, whatever was added to the scores (relative positions are made of activations).
+    if x.role == "scores" and x.relevant is not None and x.rules.attention == "product":
         relevant = func(x.relevant, dim if dim < 0 else dim + 1, *rest, **kwargs)
     return Split(total, relevant, x.rules, "pattern")
 
