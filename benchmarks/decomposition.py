@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _ours(model: mk.Model, task: mk.Task, some: list[str]) -> torch.Tensor:
-    scores = mk.decompose(model, task, "heads", progress=False).frame.set_index("site")["score"]
+    scores = mk.decompose(model, task, "heads", reference="mean", progress=False).frame.set_index("site")["score"]
     return torch.tensor(scores.loc[some].to_numpy())
 
 
@@ -97,7 +97,6 @@ def _ranks(model: mk.Model, task: mk.Task) -> None:
         ours = scores.frame.set_index("site")["score"]
         for name, other in others.items():
             theirs = other.frame.set_index("site")["score"].loc[ours.index]
-            theirs = theirs if name == "patch, denoise" else -theirs
             size, signed = spearmanr(ours.abs(), theirs.abs())[0], spearmanr(ours, theirs)[0]
             shared = {*map(str, scores.heads(SIZE))} & {*map(str, other.heads(SIZE))}
             print(f"| {how} | {seconds:.1f} | {name} | {size:.2f} | {signed:.2f} | {len(shared)} |", flush=True)

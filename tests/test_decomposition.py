@@ -155,11 +155,13 @@ def test_linear_model_has_exact_path_effects(grouped):
     assert ours.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("reference", ["corrupt", "mean"])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", ["linear", "induction", "q_composition", "distractor_copy", "backup"])
-def test_planted_circuits_are_found(name, grouped):
+def test_planted_circuits_are_found(name, grouped, reference):
     made = getattr(mk.planted, name)(grouped=grouped)
-    circuit = mk.discover(made.model, made.task, "cd-t", size=len(made.nodes), progress=False, prune=False)
+    how = {"size": len(made.nodes), "prune": False, "progress": False, "reference": reference}
+    circuit = mk.discover(made.model, made.task, "cd-t", **how)
     assert circuit.scores.auroc(made.nodes) >= 0.99
     assert str(circuit.nodes[0]) in made.nodes
 
@@ -254,3 +256,27 @@ def test_bad_input(how, kind, told):
         mk.decompose(model, _task(), progress=False, **how)
     with pytest.raises(mk.errors.OptionError):
         mk.discover(model, _task(), "cd-t", level="edge")
+
+
+def test_pruning_takes_out_what_the_circuit_is_better_without():
+    from mechkit.circuits.keep import Keeper
+    from mechkit.circuits.prune import greedily_pruned
+
+    made = mk.planted.distractor_copy()
+    nodes = [mk.site(name) for name in (*made.nodes, "0.1", "2.3")]
+    left = greedily_pruned(made.model, made.task, nodes, "mean")
+    assert left == [one for one in nodes if one in left]
+    assert left
+    before, after = Keeper(made.model, made.task, "mean").metric([nodes, left]).mean(1)
+    assert after >= before
+    whole = mk.discover(made.model, made.task, "cd-t", size=6, min_share=0.0, progress=False)
+    assert {*map(str, whole.nodes)} >= {*made.nodes}
+
+
+def test_parts_that_grow_past_all_bounds_are_refused():
+    from mechkit.decomposition.runs import _check_size
+
+    with pytest.raises(mk.errors.UnsupportedError, match="stabilise=True"):
+        _check_size(Split(torch.ones(2, 2), torch.full((1, 2, 2), 1e9), Rules()))
+    with pytest.raises(mk.errors.UnsupportedError):
+        _check_size(Split(torch.ones(2, 2), torch.full((1, 2, 2), torch.nan), Rules()))

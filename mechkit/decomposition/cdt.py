@@ -55,7 +55,7 @@ def decompose(
     positions: PositionsLike = "all",
     target_positions: str | int | None = None,
     together: bool = False,
-    reference: Literal["mean", "corrupt", "zero"] | Task = "mean",
+    reference: Literal["corrupt", "mean", "zero"] | Task = "corrupt",
     attention: Literal["frozen", "product"] = "frozen",
     activation: Literal["remainder", "shapley"] = "remainder",
     biases: Literal["shared", "irrelevant"] = "shared",
@@ -77,9 +77,9 @@ def decompose(
             each by itself.
         target_positions: where targets other than the logits are read: a span, or a position; left out: everywhere.
         together: all sources are one.
-        reference: what is not relevant of a source: its ``"mean"`` over the task's corrupt prompts of the same
-            template, position by position (another ``Task``: over that one's); its value in the prompt's own
-            ``"corrupt"`` twin; or ``"zero"``.
+        reference: what is not relevant of a source: its value in the prompt's own ``"corrupt"`` twin; its ``"mean"``
+            over the task's corrupt prompts of the same template, position by position (published; another ``Task``:
+            over that one's); or ``"zero"``.
         attention: ``"frozen"``: patterns are the model's own; ``"product"``: what is relevant of queries and keys makes
             a pattern of its own (the published form for GPT-2).
         activation: of what both parts make only together, the relevant part gets all (``"remainder"``, the published
