@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -52,6 +53,21 @@ class Row:
     def ratios(self) -> list[float]:
         """How many times longer the other took, by round."""
         return [slow / fast for fast, slow in zip(self.seconds, self.other_seconds, strict=True)]
+
+
+def parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    """What the benchmarks of a model by name can be told; each adds its own.
+
+    Args:
+        name: of the module.
+        about: its docstring.
+    """
+    found = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    found.add_argument("--rounds", type=int, default=3, help="how often (default: %(default)s)")
+    found.add_argument("--model", default="smollm2-135m", help="(default: %(default)s)")
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--out", type=Path, help="a JSON file to write")
+    return found
 
 
 def compare(

@@ -6,12 +6,10 @@ Prompts are those of the IOI task; all of one benchmark have one length, which T
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from functools import partial
 from io import StringIO
-from pathlib import Path
 
 import torch
 
@@ -23,12 +21,8 @@ from . import measure
 
 def main() -> None:
     """Measure, print the table, and write it as JSON where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.patching", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="of the work on one pair (default: %(default)s)")
-    parser.add_argument("--rounds-many", type=int, default=2, help="of the work on 16 pairs (default: %(default)s)")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser = measure.parser("patching", __doc__)
+    parser.add_argument("--rounds-many", type=int, default=2, help="the work on 16 pairs (default: %(default)s)")
     options = parser.parse_args()
     model = mk.load(options.model, device=options.device)
     hub = _hub_model(options.model).to(options.device)

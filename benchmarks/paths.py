@@ -6,11 +6,9 @@ TransformerLens patches direct paths between heads, one forward pass a pair, on 
 
 from __future__ import annotations
 
-import argparse
 from contextlib import redirect_stderr
 from functools import partial
 from io import StringIO
-from pathlib import Path
 
 import torch
 
@@ -27,12 +25,8 @@ PAIRS = 8
 
 def main() -> None:
     """Measure, print the table, and write it as JSON where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paths", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser = measure.parser("paths", __doc__)
     parser.add_argument("--senders", type=int, default=0, help="literal code on so many senders only (default: all)")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     model = mk.load(options.model, device=options.device)
     hub = _hub_model(options.model).to(options.device)
@@ -76,7 +70,7 @@ def main() -> None:
 def _ours(model, task, receivers, senders, shown, through, positions) -> torch.Tensor:
     options = {"through_mlps": through, "positions": positions, "progress": False}
     frame = mk.path_patch(model, task, receivers, senders, **options).frame.set_index("sender")
-    return torch.tensor(frame["metric"][shown].to_numpy())
+    return torch.tensor(frame.loc[shown, "metric"].to_numpy())
 
 
 @torch.inference_mode()

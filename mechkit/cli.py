@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ._version import __version__
-from .errors import MechkitError, OptionError, StorageError
+from .errors import MechkitError, OptionError, StorageError, TaskError
 
 if TYPE_CHECKING:
     from .circuits.circuit import Circuit
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
     from .tasks.task import Task
     from .view.report import Behaviour, Example
 
-TASKS = ("ioi",)
+# Written out, since the modules that have them are heavy.
+TASKS = tuple("capitals_conflict colored_objects docstring gendered_pronoun greater_than induction ioi".split())
+METHODS = tuple("patch path eap eap-ig eap-ig-activations exact acdc cd-t".split())
+REPORTED = ("patch",)  # what the report's words are true of
 _PATTERNS_SHOWN = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, or 2 where mechkit says what was wrong."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return options.run(options)
     except MechkitError as error:
         print(f"mechkit: {error}", file=sys.stderr)
@@ -35,10 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what cannot be read as everything else that is wrong is said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message, fix=f"See {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mechkit", description="Find, test and show circuits in transformer language models."
-    )
+    parser = _Parser(prog="mechkit", description="Find, test and show circuits in transformer language models.")
     parser.add_argument("--version", action="version", version=f"mechkit {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
 
@@ -46,19 +55,26 @@ def _parser() -> argparse.ArgumentParser:
         "discover",
         help="find the circuit of a behaviour, test it on held-out prompts, write a report",
         description="Find the attention heads that carry out a behaviour, on one half of the prompts, and test them "
-        "on the other. Writes circuit.json, scores.parquet and report.html.",
+        "on the other. Writes circuit.json and scores.parquet, and for the method patch report.html.",
     )
-    discover.add_argument("task", choices=TASKS, help="the behaviour: indirect object identification")
+    discover.add_argument(
+        "task", choices=TASKS, metavar="task", help="the behaviour, one of the ready-made tasks: " + ", ".join(TASKS)
+    )
+    discover.add_argument(
+        "--method",
+        choices=METHODS,
+        default="patch",
+        metavar="METHOD",
+        help=f"what to score heads by: {', '.join(METHODS)} (default: %(default)s)",
+    )
     discover.add_argument(
         "--model", default="smollm2-135m", help="packaged name, Hub id, folder or .gguf file (default: %(default)s)"
     )
     discover.add_argument("--n", type=int, default=64, help="number of prompts, halved (default: %(default)s)")
-    discover.add_argument("--size", type=int, default=13, help="largest number of heads (default: %(default)s)")
+    discover.add_argument("--size", type=int, help="largest number of heads (default: 13; acdc has none)")
     discover.add_argument("--controls", type=int, default=20, help="random sets to compare (default: %(default)s)")
     discover.add_argument("--seed", type=int, default=0, help="of prompts, halves and controls (default: %(default)s)")
-    discover.add_argument(
-        "--out", type=Path, default=Path("runs/ioi"), metavar="FOLDER", help="where to write (default: %(default)s)"
-    )
+    discover.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: runs/TASK)")
     discover.set_defaults(run=_discover)
 
     models = commands.add_parser("models", help="the models that need no model hub, and where they are kept")
@@ -69,21 +85,26 @@ def _parser() -> argparse.ArgumentParser:
 def _discover(options: argparse.Namespace) -> int:
     if options.n < 2:
         raise OptionError(f"--n {options.n}", expected="at least 2 prompts, so that both halves have one")
-    _require_writable(options.out)
+    if options.method == "acdc" and options.size is not None:
+        raise OptionError(f"--size {options.size} for acdc", expected="none: what the behaviour needs stays in")
+    folder = options.out or Path("runs") / options.task
+    _require_writable(folder)
     print(f"mechkit {__version__}: {options.task} in {options.model}, {options.n} prompts", file=sys.stderr)
+    from . import tasks
     from .circuits.discover import discover
     from .sources import load
-    from .tasks import ioi
 
     model = load(options.model)
-    task = ioi(model, n=options.n, seed=options.seed)
+    task = getattr(tasks, options.task)(model, n=options.n, seed=options.seed)
     found_on, held_out = task.split(0.5, seed=options.seed)
     behaviour = _behaviour(model, task)
-    circuit = discover(model, found_on, size=options.size)
+    circuit = discover(model, found_on, options.method, size=options.size)
+    if not len(circuit):
+        raise TaskError(f'{options.method} finds no head that "{task.name}" needs', fix="Take another method")
     evaluation = circuit.evaluate(model, held_out, controls=options.controls, seed=options.seed)
-    example = _example(model, held_out, circuit)
+    example = _example(model, held_out, circuit) if options.method in REPORTED else None
     _print_table(circuit, evaluation, behaviour)
-    _write(options.out, circuit, evaluation, behaviour, example)
+    _write(folder, circuit, evaluation, behaviour, example)
     return 0
 
 
@@ -102,10 +123,10 @@ def _require_writable(folder: Path) -> None:
 
 
 def _behaviour(model: Model, task: Task) -> Behaviour:
+    from .patching.sweep import metric_of
     from .view.report import Behaviour
 
-    answers = model.read(task.clean, task.answer_positions, task.answers)
-    return Behaviour(task.metric.name, task.metric.unit, task.metric(answers, task).cpu().numpy())
+    return Behaviour(task.metric.name, task.metric.unit, metric_of(model, task, task.clean).numpy())
 
 
 def _example(model: Model, task: Task, circuit: Circuit) -> Example:
@@ -128,9 +149,9 @@ def _print_table(circuit: Circuit, evaluation: Evaluation, behaviour: Behaviour)
     table = Table(title=f"{circuit.meta['task']['name']} in {circuit.meta['model']}", title_justify="left")
     for column in ("head", "effect", "± se", "faithfulness so far"):
         table.add_column(column, justify="left" if column == "head" else "right")
-    nodes = circuit.frame[["site", "score", "se"]].itertuples(index=False, name=None)
+    nodes = circuit.frame.reindex(columns=["site", "score", "se"]).itertuples(index=False, name=None)
     for (node, score, se), share in zip(nodes, evaluation.curve.faithfulness, strict=True):
-        table.add_row(node, f"{score:+.3f}", f"{se:.3f}", f"{share:.2f}")
+        table.add_row(node, f"{score:+.3f}", "" if math.isnan(se) else f"{se:.3f}", f"{share:.2f}")
     console = Console()
     console.print(table)
     console.print(
@@ -140,14 +161,14 @@ def _print_table(circuit: Circuit, evaluation: Evaluation, behaviour: Behaviour)
     console.print(f"held-out prompts: {evaluation}", highlight=False, soft_wrap=True)
 
 
-def _write(folder: Path, circuit: Circuit, evaluation: Evaluation, behaviour: Behaviour, example: Example) -> None:
+def _write(
+    folder: Path, circuit: Circuit, evaluation: Evaluation, behaviour: Behaviour, example: Example | None
+) -> None:
     from .view.report import write_report
 
-    written = [
-        circuit.to_json(folder / "circuit.json"),
-        circuit.scores.save(folder / "scores.parquet"),
-        write_report(folder / "report.html", circuit, evaluation, behaviour, example),
-    ]
+    written = [circuit.to_json(folder / "circuit.json"), circuit.scores.save(folder / "scores.parquet")]
+    if example is not None:
+        written.append(write_report(folder / "report.html", circuit, evaluation, behaviour, example))
     print("wrote " + ", ".join(map(str, written)))
 
 

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCAB, plain, tiny, tiny_task, untouched
 from reference import attribution as literal
-from reference.relevance import by_relevance
 from reference.taps import tapped
 
 import mechkit as mk
-from mechkit.backends import products
 from mechkit.edge_scores import EdgeScores
-from mechkit.errors import Interrupted, MetricError, OptionError, StorageError, UnsupportedError
-from mechkit.patching import attribution
 from mechkit.patching.edges import edges
 from mechkit.sites import Site
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
 GROUPED = [family for family in FAMILIES if family not in "gpt2 gpt-neo gpt-j neox opt bloom falcon-alibi".split()]
+
+
 IN_SINGLE = ("mixtral", "gpt-oss")  # their experts multiply nothing in double precision
 
 
@@ -209,7 +208,7 @@ def test_many_points_of_the_embedding_account_for_the_whole_gap(family):
     assert off[1] < off[0] / 2
 
 
-# -- linear models ---------------------------------------------------------------------------------------------
+# -- linear models ----------------------------------------------------------------------------------------------------
 
 
 def linear_model(seed: int = 0) -> torch.nn.Module:
@@ -273,215 +272,3 @@ def test_a_planted_linear_models_scores_are_those_of_exact_patching(options, gro
     )
     np.testing.assert_allclose(first_order.matrix(), exactly.matrix(), atol=1e-5)
     assert set(map(str, first_order.ranked()[: len(planted.edges)])) == {str(mk.edge(one)) for one in planted.edges}
-
-
-# -- grouped queries --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", GROUPED)
-@pytest.mark.parametrize("correction", [None, "atp*"])
-def test_query_heads_of_a_group_sum_to_the_group(family, correction):
-    if correction and family == "olmo2":
-        return  # refused: see below
-    model, task = tiny(family), tiny_task(n=2)
-    apart = edges(model, task, ungroup=True, correction=correction, progress=False)
-    whole = edges(model, task, correction=correction, progress=False)
-    assert len(apart) > len(whole)
-    total = np.zeros(whole.graph.exists.shape)
-    for j, target in enumerate(apart.graph.targets):
-        total[:, whole.graph.target_index[model.info.shared(target)]] += np.nan_to_num(apart.matrix()[:, j])
-    np.testing.assert_allclose(total, np.nan_to_num(whole.matrix()), atol=1e-5 * max(1.0, np.nanmax(np.abs(total))))
-
-
-@pytest.mark.parametrize("correction", [None, "atp*"])
-@pytest.mark.parametrize("method", ["eap", "eap-ig"])
-def test_ungrouped_scores_are_those_of_a_model_without_groups(method, correction):
-    if correction and method != "eap":
-        return
-    task, copied = tiny_task(n=3), without_groups()
-    separate = mk.load((copied, None), device="cpu")
-    assert not separate.info.grouped
-    here = edges(tiny("llama"), task, method, ungroup=True, correction=correction, progress=False)
-    there = edges(separate, task, method, correction=correction, progress=False)
-    assert list(here.frame["target"]) == list(there.frame["target"])
-    np.testing.assert_allclose(here.frame["score"], there.frame["score"], atol=1e-5)
-
-
-# -- AtP* -------------------------------------------------------------------------------------------------------
-
-
-@every_family
-def test_corrected_scores_are_those_of_one_run_an_edge(family):
-    task, hub = tiny_task(n=2, length=7), exact(family)
-    if family == "olmo2":
-        with pytest.raises(UnsupportedError, match="one norm over the queries of all heads"):
-            edges(tiny(family), task, correction="atp*", progress=False)
-        return
-    expected = literal.edge_scores(hub, task.clean, task.corrupt, measure(task), patterns=True)
-    found = edges(tiny(family), task, correction="atp*", progress=False)
-    check(found, expected, gap_of(hub, task, measure(task)))
-
-
-def test_the_correction_sees_what_a_saturated_softmax_hides():
-    model = mk.load((plain("gpt2"), None), device="cpu")
-    with torch.no_grad():
-        for block in model.hf.transformer.h:
-            block.attn.c_attn.weight[:, :64] *= 60  # queries and keys: every pattern is all or nothing
-    task = tiny_task(n=4)
-    into = [target.kind in ("q", "k") for target in model.graph().targets]
-    plainly, corrected = (
-        np.nan_to_num(edges(model, task, correction=correction, progress=False).matrix())[:, into]
-        for correction in (None, "atp*")
-    )
-    assert np.abs(corrected).sum() > 3 * np.abs(plainly).sum()
-
-
-# -- RelP -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("method", ["eap", "eap-ig"])
-def test_relevance_is_that_of_rules_written_into_the_model(family, method):
-    task, hub = tiny_task(n=3), by_relevance(exact(family))
-    torch.testing.assert_close(hub(task.clean).logits, exact(family)(task.clean).logits, atol=1e-5, rtol=0)
-    points = None if method == "eap" else literal.between_inputs(hub, task.clean, task.corrupt, 2)
-    expected = literal.edge_scores(hub, task.clean, task.corrupt, measure(task), points)
-    found = edges(tiny(family), task, method, steps=2, gradients="relp", progress=False)
-    check(found, expected, gap_of(hub, task, measure(task)))
-    ordinary = edges(tiny(family), task, method, steps=2, progress=False)
-    assert np.nanmax(np.abs(found.matrix() - ordinary.matrix())) > 1e-2
-
-
-@every_family
-def test_relevance_keeps_every_value_or_is_refused(family):
-    model, task = tiny(family), tiny_task(n=2)
-    if family in IN_SINGLE:
-        with pytest.raises(UnsupportedError, match=r"activations|products"):
-            edges(model, task, gradients="relp", progress=False)
-        return
-    found, ordinary = (edges(model, task, gradients=how, progress=False) for how in ("relp", "plain"))
-    for end in ("base_metric", "source_metric"):
-        assert found.meta["options"][end] == pytest.approx(ordinary.meta["options"][end], abs=1e-5)
-
-
-# -- precision, modes, what is left behind -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["gpt2", "phi", "llama", "gemma2", "gpt-oss"])
-def test_an_mlps_own_backward_pass_is_what_is_left_of_the_streams(family, monkeypatch):
-    model, task = tiny(family), tiny_task(n=2)
-    difference = edges(model, task, progress=False).matrix()
-    monkeypatch.setattr(products, "_HALF", (torch.float32,))
-    np.testing.assert_allclose(edges(model, task, progress=False).matrix(), difference, atol=1e-5 * 10)
-
-
-def test_half_precision_is_near():
-    task = tiny_task(n=4)
-    half = mk.load((plain("llama", dtype=torch.bfloat16), None), device="cpu")
-    single = mk.load((plain("llama", dtype=torch.bfloat16).float(), None), device="cpu")
-    here, there = (np.nan_to_num(edges(m, task, progress=False).matrix()) for m in (half, single))
-    assert np.corrcoef(here.ravel(), there.ravel())[0, 1] > 0.98
-
-
-@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
-def test_the_callers_mode_does_not_matter_and_nothing_is_left_behind(mode):
-    model, task = tiny("gemma2"), tiny_task(n=2)
-    parameter = next(model.hf.parameters())
-    parameter.requires_grad_(False)
-    before = [p.requires_grad for p in model.hf.parameters()], model.run(task.clean).logits
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.bridge.modules())
-    every = {"ungroup": True, "correction": "atp*", "gradients": "relp", "progress": False}
-    expected = edges(model, task, **every).matrix()
-    with mode():
-        np.testing.assert_array_equal(edges(model, task, **every).matrix(), expected)
-    assert [p.requires_grad for p in model.hf.parameters()] == before[0]
-    assert all(p.grad is None for p in model.hf.parameters())
-    torch.testing.assert_close(model.run(task.clean).logits, before[1], atol=0, rtol=0)
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.bridge.modules()) == hooks
-    parameter.requires_grad_(True)
-
-
-def test_no_tensor_is_kept():
-    model, task = tiny("llama"), tiny_task(n=2)
-
-    def tensors() -> int:
-        gc.collect()
-        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
-
-    edges(model, task, ungroup=True, correction="atp*", progress=False)
-    before = tensors()
-    edges(model, task, ungroup=True, correction="atp*", progress=False)
-    assert tensors() == before
-
-
-def test_batches_do_not_matter(monkeypatch):
-    model, task = tiny("llama"), tiny_task(n=5)
-    whole = edges(model, task, "eap-ig", steps=3, ungroup=True, progress=False)
-    monkeypatch.setattr(attribution, "fitting", lambda each, device, at_most: min(2, at_most))
-    monkeypatch.setattr(products, "fitting", lambda each, device, at_most: min(4, at_most))
-    parts = edges(model, task, "eap-ig", steps=3, ungroup=True, progress=False)
-    np.testing.assert_allclose(parts.matrix(), whole.matrix(), atol=1e-5)
-    np.testing.assert_allclose(parts.matrix("se"), whole.matrix("se"), atol=1e-5)
-
-
-# -- long work and bad input ---------------------------------------------------------------------------------------
-
-
-def stopping_after(batches: int, monkeypatch) -> None:
-    own, count = attribution.products, [0]
-
-    def counted(*args, **kwargs):
-        count[0] += 1
-        if count[0] > batches:
-            raise KeyboardInterrupt
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(attribution, "products", counted)
-
-
-def test_stopped_work_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    model, tasks = tiny("llama"), [tiny_task(n=2, first=first, seed=first) for first in (1, 3, 5)]
-    monkeypatch.setattr(attribution._Work, "tokens", lambda *_: 36)
-    whole = edges(model, tasks, "eap-ig", steps=2, progress=False)
-    path = tmp_path / "edges.npz"
-    with monkeypatch.context() as patch:
-        stopping_after(2, patch)
-        with pytest.raises(Interrupted, match="Stopped after") as stopped:
-            edges(model, tasks, "eap-ig", steps=2, checkpoint=path, progress=False)
-    part = stopped.value.scores
-    assert 0 < part.frame["n"].max() < 6
-    again = edges(model, tasks, "eap-ig", steps=2, checkpoint=path, progress=False)
-    assert again.frame.equals(whole.frame)
-    with pytest.raises(StorageError, match="method differ"):
-        edges(model, tasks, "eap-ig", steps=3, checkpoint=path, progress=False)
-    with monkeypatch.context() as patch:
-        stopping_after(0, patch)
-        with pytest.raises(Interrupted, match="before the first prompts"):
-            edges(model, tasks, progress=False)
-
-
-def test_bad_input_is_told():
-    model, task = tiny("gpt2"), tiny_task()
-    for options, words in (
-        ({"method": "acdc"}, "eap-ig"),
-        ({"direction": "up"}, "denoise"),
-        ({"steps": 0}, "whole number"),
-        ({"steps": 2.5}, "whole number"),
-        ({"correction": "atp"}, "atp"),
-        ({"gradients": "lrp"}, "relp"),
-        ({"method": "eap-ig", "correction": "atp*"}, '"eap"'),
-    ):
-        with pytest.raises(OptionError, match=words):
-            edges(model, task, **options, progress=False)
-    with pytest.raises(MetricError, match="no gradient"):
-        edges(model, task.with_metric(lambda logits, task: (logits.argmax(-1) == 3).float()), progress=False)
-    with pytest.raises(MetricError, match="alike"):
-        edges(model, task.with_metric(lambda logits, task: logits.sum(-1) * 0), progress=False)
-
-
-@pytest.mark.real_model
-def test_on_the_real_model(smollm2, ioi):
-    found = edges(smollm2, ioi[:8], "eap-ig", steps=3, progress=False)
-    assert len(found) == len(smollm2.graph())
-    heads = {str(head) for head in found.heads(12)}
-    assert {"23.3", "29.1"} & heads

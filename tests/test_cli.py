@@ -6,20 +6,24 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
+import ready
 import words
 
 import mechkit as mk
 from mechkit import cli
+from mechkit.circuits.discover import METHODS, discover
 
 
 @pytest.fixture
-def small(monkeypatch) -> None:
+def small(monkeypatch) -> mk.Model:
     """Every model that is asked for is the tiny one."""
     model = words.model()  # made before the way to make it is replaced
     monkeypatch.setattr("mechkit.sources.load", lambda name, **_: model)
+    return model
 
 
 def _mechkit(*arguments: str) -> subprocess.CompletedProcess:
@@ -56,6 +60,49 @@ def test_discover_writes_what_it_says(small, tmp_path, capsys):
     assert "3 random sets" in printed
 
 
+@pytest.mark.filterwarnings("ignore:.*not clearly above chance:mechkit.errors.MechkitWarning")  # of random weights
+@pytest.mark.parametrize("name", cli.TASKS)
+def test_every_ready_made_task_is_measured_by_its_own_metric(name, monkeypatch, tmp_path, capsys):
+    model = words.model() if name == "ioi" else ready.model()
+    monkeypatch.setattr("mechkit.sources.load", lambda *_, **__: model)
+    if name == "capitals_conflict":  # of which random weights know none
+        monkeypatch.setattr(mk.tasks, name, partial(mk.tasks.capitals_conflict, known=False))
+    assert cli.main(["discover", name, "--n", "8", "--size", "2", "--controls", "1", "--out", str(tmp_path)]) == 0
+    assert mk.Circuit.from_json(tmp_path / "circuit.json").meta["task"]["name"] == name
+    task = getattr(mk.tasks, name)(model, n=8)
+    rows = mk.metrics.answer_rows(model.run(task).logits, task)
+    rows = rows.gather(1, task.answers) if task.metric.reads == "answers" else rows
+    told = f"whole model: mean {task.metric.name} {task.metric(rows, task).mean():+.2f}"
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("method", cli.METHODS)
+def test_every_method_finds_what_it_finds_in_python(small, method, tmp_path, capsys):
+    size = [] if method == "acdc" else ["--size", "3"]
+    arguments = ["discover", "ioi", "--method", method, *size, "--n", "8", "--controls", "2", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    found_on = mk.tasks.ioi(small, n=8, seed=0).split(0.5, seed=0)[0]
+    expected = discover(small, found_on, method, size=3 if size else None, progress=False)
+    assert mk.Circuit.from_json(tmp_path / "circuit.json").nodes == expected.nodes
+    assert len(mk.Scores.load(tmp_path / "scores.parquet")) == len(expected.scores)
+    printed = capsys.readouterr().out
+    assert all(str(node) in printed for node in expected.nodes)
+    assert "nan" not in printed
+    assert (tmp_path / "report.html").exists() == (method in cli.REPORTED)
+
+
+def test_no_head_at_all_is_told(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("mechkit.circuits.discover.discover", partial(discover, threshold=1e9))
+    assert cli.main(["discover", "ioi", "--method", "acdc", "--n", "8", "--out", str(tmp_path)]) == 2
+    assert "acdc finds no head" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_knows_every_task_and_method():
+    assert {*cli.TASKS} == {*mk.tasks.__all__} - {"Task"}
+    assert cli.METHODS == METHODS
+
+
 def test_the_report_needs_nothing_else(small, tmp_path):
     cli.main(["discover", "ioi", "--n", "16", "--controls", "3", "--out", str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
@@ -76,7 +123,12 @@ def test_the_report_needs_nothing_else(small, tmp_path):
     [
         (["discover", "ioi", "--n", "0"], "--n 0"),
         (["discover", "ioi", "--n", "1"], "--n 1"),
+        (["discover", "ioi", "--n", "many"], "'many'"),
         (["discover", "ioi", "--n", "8", "--size", "0"], "size = 0"),
+        (["discover", "ioi", "--method", "acdc", "--size", "5"], "--size 5 for acdc"),
+        (["discover", "ioi", "--method", "guessing"], "'guessing'"),
+        (["discover", "nothing"], "'nothing'"),
+        (["discover", "greater_than", "--n", "8"], "nouns are single tokens"),
         (["discover", "ioi", "--model", "./nowhere"], "nowhere"),
     ],
 )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
-from families import tiny_task, untouched
+from families import plain, tiny_task
 from reference import contextual as literal
 from reference.contextual import Setting, contextual
 from reference.patching import value_of
 from reference.taps import tapped
 from torch import Tensor
 
-LAYERS, TOLERANCE = 3, 1e-4
+LAYERS, TOLERANCE = 3, 2e-5  # the Hub's own RMSNorm computes in single precision
 RECORDED = [("resid", layer) for layer in range(LAYERS + 1)]
 RECORDED += [(kind, layer) for kind in ("q", "k", "v", "z", "mlp") for layer in range(LAYERS)]
 NORMS = "ln_1 ln_2 ln_f input_layernorm post_attention_layernorm norm".split()
@@ -31,12 +32,18 @@ every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda how: "-".j
 close = functools.partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
 
 
+@functools.cache
+def model_of(family: str) -> Any:
+    """In double precision: without the stabiliser the two parts can be 10,000 times their sum."""
+    return plain(family, dtype=torch.float64)
+
+
 def tokens() -> Tensor:
     return tiny_task(n=2, length=7).clean
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def at(*positions: int) -> Tensor:
@@ -50,7 +57,7 @@ def several() -> dict[tuple[str, int], Setting]:
     ragged = at(3, 5)
     ragged[1, 3] = False
     return {
-        ("resid", 0): Setting(at(1, 2), drawn(2, 7, 32)),
+        ("resid", 0): Setting(at(1, 2), drawn(2, 7, 32) / 4),  # as large as an embedding
         ("z", 0): Setting(at(*range(7)), drawn(2, 7, 4, 8, seed=1), (1,)),
         ("mlp", 1): Setting(ragged, drawn(32, seed=2)),
         ("z", 2): Setting(ragged, drawn(7, 4, 8, seed=3), (0, 3)),
@@ -69,7 +76,7 @@ def everything(site: str = "") -> dict[tuple[str, int], Setting]:
 @each_family
 @every_option
 def test_the_parts_sum_to_the_hubs_own_activations(family, options):
-    hf = untouched(family)
+    hf = model_of(family)
     for source in (several(), {("z", 1): Setting(at(4), torch.zeros(()), (2,))}, {}):
         parts = contextual(hf, tokens(), source, **options)
         assert set(parts) == {*RECORDED, ("logits", LAYERS)}
@@ -83,25 +90,32 @@ def test_the_parts_sum_to_the_hubs_own_activations(family, options):
 def test_without_a_source_nothing_is_relevant(family, options):
     nowhere = {site: Setting(torch.zeros_like(one.where), one.values, one.heads) for site, one in several().items()}
     for source in ({}, nowhere):
-        for site, (relevant, _) in contextual(untouched(family), tokens(), source, **options).items():
+        for site, (relevant, _) in contextual(model_of(family), tokens(), source, **options).items():
             assert not relevant.any(), site
 
 
 @each_family
 @every_option
 @pytest.mark.parametrize("site", ["", "resid"], ids=["everything", "embedding"])
-def test_with_everything_a_source_only_biases_can_be_irrelevant(family, options, site):
-    parts = contextual(untouched(family), tokens(), everything(site), **options)
-    without_biases = family == "llama" or options["biases"] == "shared"
-    if without_biases:
+def test_with_everything_a_source_only_biases_can_be_irrelevant(family, options, site, monkeypatch):
+    """Where |W r| is small by chance, the share's 1e-8 leaves some of a bias, which later layers can make large."""
+    monkeypatch.setattr(literal, "FLOOR", 1e-30)
+    parts = contextual(model_of(family), tokens(), everything(site), **options)
+    if family == "llama" or options["biases"] == "shared":
         for name, (_, irrelevant) in parts.items():
-            close(irrelevant, torch.zeros_like(irrelevant), msg=lambda text, name=name: f"{name}: {text}")
+            assert irrelevant.abs().max() < 1e-9, name
     else:
         assert parts["logits", LAYERS][1].abs().max() > 0.01
 
 
+@each_family
+def test_with_everything_a_source_no_logit_is_irrelevant_as_published(family):
+    parts = contextual(model_of(family), tokens(), everything())
+    assert parts["logits", LAYERS][1].abs().max() < 1e-4
+
+
 @torch.no_grad()
-def frozen_run(hf: torch.nn.Module, source: dict[tuple[str, int], Setting]) -> dict[tuple[str, int], Tensor]:
+def frozen_run(hf: Any, source: dict[tuple[str, int], Setting]) -> dict[tuple[str, int], Tensor]:
     """The Hub's model with the references set at the sources, its patterns and the scales of its norms kept."""
     patterns = [value_of(hf, tokens(), "pattern", layer) for layer in range(LAYERS)]
     norms = [module for name, module in hf.named_modules() if name.rsplit(".", 1)[-1] in NORMS]
@@ -128,12 +142,12 @@ def frozen_run(hf: torch.nn.Module, source: dict[tuple[str, int], Setting]) -> d
         return own
 
     with ExitStack() as stack:
-        for hook in (note, keep_scale):
-            handles = [norm.register_forward_hook(hook) for norm in norms]
-            for handle in handles:
-                stack.callback(handle.remove)
-            if hook is note:
-                hf(tokens(), use_cache=False)
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(note).remove)
+        hf(tokens(), use_cache=False)
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(keep_scale).remove)
         for layer, own in enumerate(patterns):
             stack.enter_context(tapped(hf, "pattern", layer, lambda _, own=own: own))
         for site in RECORDED:
@@ -145,12 +159,12 @@ def frozen_run(hf: torch.nn.Module, source: dict[tuple[str, int], Setting]) -> d
 @each_family
 def test_the_irrelevant_part_is_the_run_with_the_references_where_that_is_exact(family):
     """Patterns frozen, biases irrelevant, f(i) and the product of irrelevant parts kept: i is a run by itself."""
-    hf = untouched(family)
+    hf = model_of(family)
     for source in (several(), *({site: one} for site, one in several().items())):
         expected = frozen_run(hf, source)
         parts = contextual(hf, tokens(), source, biases="irrelevant", stabilise=False)
         for site, (_, irrelevant) in parts.items():
-            close(irrelevant, expected[site], msg=lambda text, site=site: f"{site}: {text}")
+            close(irrelevant, expected[site], rtol=1e-6, msg=lambda text, site=site: f"{site}: {text}")
         assert parts["logits", LAYERS][0].abs().max() > 0.1
 
 
@@ -160,7 +174,7 @@ def test_the_irrelevant_part_is_the_run_with_the_references_where_that_is_exact(
 def test_direct_attribution_to_the_logits(family, attention, activation):
     """The last z a source and the last MLP wholly irrelevant: only the direct path is left, linear in z."""
     options = {"attention": attention, "activation": activation, "biases": "irrelevant", "stabilise": False}
-    hf, last, heads = untouched(family), LAYERS - 1, (0, 2)
+    hf, last, heads = model_of(family), LAYERS - 1, (0, 2)
     own, reference = value_of(hf, tokens(), "z", last), drawn(2, 7, 4, 8)
     source = {
         ("z", last): Setting(at(*range(7)), reference, heads),
@@ -184,7 +198,7 @@ def test_direct_attribution_to_the_logits(family, attention, activation):
 @each_family
 @every_option
 def test_a_source_sets_its_heads_and_positions_and_nothing_before_them(family, options):
-    hf, where, values = untouched(family), at(3, 6), drawn(2, 7, 4, 8)
+    hf, where, values = model_of(family), at(3, 6), drawn(2, 7, 4, 8)
     earlier = {("resid", 0): Setting(at(2), torch.zeros(()))}
     before = contextual(hf, tokens(), earlier, **options)
     after = contextual(hf, tokens(), {**earlier, ("z", 1): Setting(where, values, (0, 2))}, **options)
@@ -200,7 +214,7 @@ def test_a_source_sets_its_heads_and_positions_and_nothing_before_them(family, o
 
 
 def test_the_stabiliser_clamps_the_relevant_part_between_nothing_and_the_total():
-    numbers = torch.tensor([-3.0, -1.0, -0.5, -1e-30, 0.0, 1e-30, 0.5, 1.0, 3.0])
+    numbers = torch.tensor([-3.0, -1.0, -0.5, -1e-300, 0.0, 1e-300, 0.5, 1.0, 3.0], dtype=torch.float64)
     r, i = (grid.flatten() for grid in torch.meshgrid(numbers, numbers, indexing="ij"))
     r, i = torch.cat([r, drawn(500)]), torch.cat([i, drawn(500, seed=1)])
     relevant, irrelevant = literal.stabilised((r, i))
@@ -212,7 +226,7 @@ def test_the_stabiliser_clamps_the_relevant_part_between_nothing_and_the_total()
 @each_family
 def test_after_every_block_no_parts_have_opposite_signs_where_it_is_stabilised(family):
     for stabilise in (True, False):
-        parts = contextual(untouched(family), tokens(), several(), stabilise=stabilise)
+        parts = contextual(model_of(family), tokens(), several(), stabilise=stabilise)
         opposed = [int((parts["resid", layer][0] * parts["resid", layer][1] < 0).sum()) for layer in (1, 2, 3)]
         assert all(count == 0 for count in opposed) if stabilise else all(count > 0 for count in opposed)
 
@@ -239,7 +253,7 @@ def test_relevant_attention_is_the_softmax_of_the_relevant_scores():
 @pytest.mark.parametrize("f", [torch.nn.functional.silu, lambda x: torch.sigmoid(x) + x**2], ids=["silu", "f(0) not 0"])
 def test_the_shapley_forms_are_the_mean_over_both_orders(f):
     a, b = ((drawn(50, seed=n), drawn(50, seed=n + 1)) for n in (0, 2))
-    together, first = literal.activation(a, f, "remainder")[0], f(a[0]) - f(torch.zeros(50))
+    together, first = literal.activation(a, f, "remainder")[0], f(a[0]) - f(torch.zeros_like(a[0]))
     relevant, irrelevant = literal.activation(a, f, "shapley")
     close(relevant, (together + first) / 2, atol=1e-6)
     close(relevant + irrelevant, f(a[0] + a[1]), atol=1e-6)
@@ -251,7 +265,7 @@ def test_the_shapley_forms_are_the_mean_over_both_orders(f):
 
 @torch.no_grad()
 def test_biases_are_shared_by_size_or_not_at_all():
-    block = untouched("gpt2").transformer.h[0]
+    block = model_of("gpt2").transformer.h[0]
     weight, bias = block.mlp.c_fc.weight.T, block.mlp.c_fc.bias
     x = drawn(2, 7, 32)
     for share, biases in ((0.5, "shared"), (0.25, "shared"), (0.5, "irrelevant")):
@@ -275,8 +289,8 @@ def test_biases_are_shared_by_size_or_not_at_all():
 def test_what_the_literal_form_cannot_do_is_an_error():
     for wrong in ({"attention": "half"}, {"activation": "half"}, {"biases": "half"}):
         with pytest.raises(ValueError, match="half"):
-            contextual(untouched("gpt2"), tokens(), {}, **wrong)
+            contextual(model_of("gpt2"), tokens(), {}, **wrong)
     with pytest.raises(ValueError, match="no source can be at"):
-        contextual(untouched("llama"), tokens(), {("z", 3): Setting(at(1), torch.zeros(()), (0,))})
+        contextual(model_of("llama"), tokens(), {("z", 3): Setting(at(1), torch.zeros(()), (0,))})
     with pytest.raises(TypeError, match="Mistral"):
-        contextual(untouched("mistral"), tokens(), {})
+        contextual(model_of("mistral"), tokens(), {})

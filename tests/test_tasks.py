@@ -25,7 +25,7 @@ def test_ioi_is_what_it_says(model, corrupt):
     rows = torch.arange(40)
     start = {name: span[:, 0] for name, span in task.spans.items()}
     assert task.clean.shape == task.corrupt.shape
-    assert len(set(task.texts)) > 30
+    assert len(set(task.texts)) == 40
     assert (task.clean[rows, start["IO"]] == task.correct).all()
     assert (task.clean[rows, start["S1"]] == task.wrong).all()
     assert (task.clean[rows, start["S2"]] == task.wrong).all()
@@ -59,6 +59,30 @@ def test_ioi_needs_names_that_are_single_tokens(model, monkeypatch):
     monkeypatch.setattr(sys.modules["mechkit.tasks.ioi"], "NAMES", ("Zqx", "Wvk", "Mary"))
     with pytest.raises(TaskError, match="1 of 3 names"):
         mk.tasks.ioi(model, n=2)
+
+
+@pytest.fixture
+def twelve(monkeypatch) -> None:
+    """IOI with no more than twelve clean prompts: three names, two orders, and one of everything else."""
+    of = sys.modules["mechkit.tasks.ioi"]
+    for name, words_left in (("NAMES", 3), ("TEMPLATES", 1), ("PLACES", 1), ("THINGS", 1)):
+        monkeypatch.setattr(of, name, getattr(of, name)[:words_left])
+
+
+@pytest.mark.parametrize("corrupt", ["swap", "abc"])
+@pytest.mark.parametrize("n", [2, 7, 12])
+def test_no_ioi_prompt_comes_twice_and_halves_share_none(model, twelve, n, corrupt):
+    for seed in range(5):
+        task = mk.tasks.ioi(model, n=n, seed=seed, corrupt=corrupt)
+        assert len(task) == len(set(task.texts)) == len(task.clean.unique(dim=0)) == n
+        assert int((task.span("IO") < task.span("S1"))[:, 0].sum()) == (n + 1) // 2
+        found_on, held_out = task.split(0.5, seed=seed)
+        assert not {*found_on.texts} & {*held_out.texts}
+
+
+def test_ioi_has_no_more_prompts_than_there_are(model, twelve):
+    with pytest.raises(OptionError, match="at most 12, as many as there are"):
+        mk.tasks.ioi(model, n=13)
 
 
 def test_split_halves_have_nothing_in_common_and_miss_nothing(model):

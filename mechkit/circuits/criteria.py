@@ -81,19 +81,17 @@ def completeness(
         OptionError: a number below 0, or below 1 of steps or candidates.
         MetricError: the model does no better than with everything ablated.
     """
-    started = time.perf_counter()
     _check(random=random, greedy=greedy)
     _check(1, steps=steps, candidates=candidates)
-    measure = _Measure(circuit, model, task, ablation, reference, progress)
-    draw = np.random.default_rng(seed)
+    measure = _Measure(circuit, model, task, ablation, reference, seed, progress)
     members = measure.members
-    rows = [("none", [])] + [("random", _half(members, draw)) for _ in range(random)]
+    rows = [("none", [])] + [("random", measure.half()) for _ in range(random)]
     pairs = measure.both([taken for _, taken in rows])
     for _ in range(greedy):
         taken: list[Member] = []
         for _ in range(min(steps, len(members))):
             rest = [one for one in members if one not in taken]
-            tried = [[*taken, rest[i]] for i in draw.permutation(len(rest))[:candidates].tolist()]
+            tried = [[*taken, rest[i]] for i in measure.draw.permutation(len(rest))[:candidates].tolist()]
             found = measure.both(tried)
             best = int(np.abs(found[0] - found[1]).argmax())
             taken = tried[best]
@@ -109,8 +107,7 @@ def completeness(
             "score": np.abs(pairs[0] - pairs[1]) / measure.gap,
         }
     )
-    options = {"ablation": ablation, "random": random, "greedy": greedy, "steps": steps, "candidates": candidates}
-    return Table(frame, _UNIT, _meta(model, task, "completeness", started, **options, seed=seed))
+    return measure.table(frame, "completeness", random=random, greedy=greedy, steps=steps, candidates=candidates)
 
 
 def minimality(
@@ -129,14 +126,8 @@ def minimality(
     Costs 3 + |C| + ``sets`` (1 + |C| / 2) runs of the task, |C| the number of members.
 
     Args:
-        circuit: of nodes or of edges.
-        model: the model it was found in.
-        task: held-out prompts.
-        ablation: what happens to everything that is out: ``"mean"``, ``"zero"`` or ``"resample"``.
-        reference: whose corrupt prompts give the values; left out: ``task``.
+        circuit, model, task, ablation, reference, seed, progress: as of ``completeness``.
         sets: number of parts K drawn at random.
-        seed: of the draws.
-        progress: show a bar.
 
     Returns:
         A row a member: ``member``, ``alone`` (the signed change when it alone is taken out of the circuit), ``score``
@@ -146,11 +137,9 @@ def minimality(
         OptionError: a number of sets below 0.
         MetricError: the model does no better than with everything ablated.
     """
-    started = time.perf_counter()
     _check(sets=sets)
-    measure = _Measure(circuit, model, task, ablation, reference, progress)
-    draw = np.random.default_rng(seed)
-    out = [[], *(_half(measure.members, draw) for _ in range(sets))]
+    measure = _Measure(circuit, model, task, ablation, reference, seed, progress)
+    out = [[], *(measure.half() for _ in range(sets))]
     members = {one: number for number, one in enumerate(measure.members)}
     tried = [(k, v) for k, taken in enumerate(out) for v, one in enumerate(measure.members) if one not in taken]
     values = measure.of_circuit([*out, *([*out[k], measure.members[v]] for k, v in tried)])
@@ -166,12 +155,11 @@ def minimality(
             "removed": [" ".join(map(str, out[k])) for k in largest],
         }
     )
-    options = {"ablation": ablation, "sets": sets}
-    return Table(frame, _UNIT, _meta(model, task, "minimality", started, **options, seed=seed))
+    return measure.table(frame, "minimality", sets=sets)
 
 
 class _Measure:
-    """F of the circuit and of the model, with some members taken out of them."""
+    """What both share: F of the circuit and of the model, with some members taken out of them, and their table."""
 
     def __init__(
         self,
@@ -180,13 +168,22 @@ class _Measure:
         task: Task,
         ablation: Ablation,
         reference: Task | None,
+        seed: int,
         progress: bool,
     ):
+        self._started = time.perf_counter()
         self.members: list[Member] = [*circuit.members]
+        self.draw = np.random.default_rng(seed)
+        self._model, self._task, self._options = model, task, {"ablation": ablation, "seed": seed}
         self._keeper, self._progress = keeper_of(circuit.scores, model, task, ablation, reference), progress
         full, empty = self._keeper.model_metric, self._metric([[]], [[]])[0]
         faithfulness(full, full, empty)  # fails where there is no gap
         self.gap = abs(float(full.mean() - empty.mean()))
+
+    def half(self) -> list[Member]:
+        """Members of the circuit drawn with chance 1/2 each."""
+        drawn = self.draw.random(len(self.members)) < 0.5
+        return [one for one, out in zip(self.members, drawn, strict=True) if out]
 
     def of_circuit(self, taken: Sequence[Sequence[Member]]) -> np.ndarray:
         """Mean metric ``[sets]`` of the circuit without each set."""
@@ -196,6 +193,11 @@ class _Measure:
         """Mean metric of the circuit, and of the model, without each set ``[2, sets]``."""
         of = [self.members] * len(taken) + [None] * len(taken)
         return self._metric(of, [*taken, *taken]).mean(1).reshape(2, -1)
+
+    def table(self, frame: pd.DataFrame, method: str, **options: int) -> Table:
+        """The rows with their unit and provenance."""
+        seconds = time.perf_counter() - self._started
+        return Table(frame, _UNIT, provenance(self._model, self._task, method, seconds, **self._options, **options))
 
     def _metric(self, of: Sequence[Sequence[Any] | None], taken: Sequence[Sequence[Any]]) -> np.ndarray:
         """Metric of each prompt ``[sets, n]``, with what is left of some members (None: of the model) kept."""
@@ -209,15 +211,7 @@ class _Measure:
         return keeper.metric(kept, self._progress)
 
 
-def _half(members: Sequence[Member], draw: np.random.Generator) -> list[Member]:
-    return [one for one, out in zip(members, draw.random(len(members)) < 0.5, strict=True) if out]
-
-
 def _check(least: int = 0, **numbers: int) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int) or number < least:
             raise OptionError(f"{name} = {number!r}", expected=f"a whole number from {least}")
-
-
-def _meta(model: Model, task: Task, method: str, started: float, **options: Any) -> dict[str, Any]:
-    return provenance(model, task, method, time.perf_counter() - started, **options)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]
+FLOOR = 1e-8  # where both parts are 0, so is the relevant share
 FLAT = partial(torch.flatten, start_dim=-2)
 
 
@@ -65,7 +66,7 @@ def share(x: Pair, biases: str) -> Tensor:
     """The relevant part's share of a bias, by the sizes of the two parts."""
     if biases == "irrelevant":
         return torch.zeros_like(x[0])
-    return x[0].abs() / (x[0].abs() + x[1].abs() + 1e-8)
+    return x[0].abs() / (x[0].abs() + x[1].abs() + FLOOR)
 
 
 def linear(x: Pair, weight: Tensor, bias: Tensor | None, biases: str) -> Pair:
