@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # Written out, since the modules that have them are heavy.
 TASKS = tuple("capitals_conflict colored_objects docstring gendered_pronoun greater_than induction ioi".split())
 METHODS = tuple("patch path eap eap-ig eap-ig-activations exact acdc cd-t".split())
-REPORTED = ("patch",)  # what the report's words are true of
 _PATTERNS_SHOWN = 6
 
 
@@ -55,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "discover",
         help="find the circuit of a behaviour, test it on held-out prompts, write a report",
         description="Find the attention heads that carry out a behaviour, on one half of the prompts, and test them "
-        "on the other. Writes circuit.json and scores.parquet, and for the method patch report.html.",
+        "on the other. Writes circuit.json, scores.parquet and report.html.",
     )
     discover.add_argument(
         "task", choices=TASKS, metavar="task", help="the behaviour, one of the ready-made tasks: " + ", ".join(TASKS)
@@ -102,7 +101,7 @@ def _discover(options: argparse.Namespace) -> int:
     if not len(circuit):
         raise TaskError(f'{options.method} finds no head that "{task.name}" needs', fix="Take another method")
     evaluation = circuit.evaluate(model, held_out, controls=options.controls, seed=options.seed)
-    example = _example(model, held_out, circuit) if options.method in REPORTED else None
+    example = _example(model, held_out, circuit)
     _print_table(circuit, evaluation, behaviour)
     _write(folder, circuit, evaluation, behaviour, example)
     return 0
@@ -161,14 +160,14 @@ def _print_table(circuit: Circuit, evaluation: Evaluation, behaviour: Behaviour)
     console.print(f"held-out prompts: {evaluation}", highlight=False, soft_wrap=True)
 
 
-def _write(
-    folder: Path, circuit: Circuit, evaluation: Evaluation, behaviour: Behaviour, example: Example | None
-) -> None:
+def _write(folder: Path, circuit: Circuit, evaluation: Evaluation, behaviour: Behaviour, example: Example) -> None:
     from .view.report import write_report
 
-    written = [circuit.to_json(folder / "circuit.json"), circuit.scores.save(folder / "scores.parquet")]
-    if example is not None:
-        written.append(write_report(folder / "report.html", circuit, evaluation, behaviour, example))
+    written = [
+        circuit.to_json(folder / "circuit.json"),
+        circuit.scores.save(folder / "scores.parquet"),
+        write_report(folder / "report.html", circuit, evaluation, behaviour, example),
+    ]
     print("wrote " + ", ".join(map(str, written)))
 
 

@@ -88,7 +88,10 @@ def test_every_method_finds_what_it_finds_in_python(small, method, tmp_path, cap
     printed = capsys.readouterr().out
     assert all(str(node) in printed for node in expected.nodes)
     assert "nan" not in printed
-    assert (tmp_path / "report.html").exists() == (method in cli.REPORTED)
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{node}</td>" in page for node in expected.nodes)
+    assert ("by itself is set" in page) == (method == "patch")
+    assert (f"by the method {method}," in page) == (method != "patch")
 
 
 def test_no_head_at_all_is_told(small, monkeypatch, tmp_path, capsys):
