@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -21,7 +22,7 @@ from . import measure
 from .patching import _hub_model
 
 FOUND_ON, EVALUATED_ON, SIZE = 25, 100, 13
-HOW = {
+HOW: dict[str, dict[str, Any]] = {
     "as published (mean, stabilised)": {"reference": "mean"},
     "against the twin, stabilised": {"reference": "corrupt"},
     "against the twin, halves": {"reference": "corrupt", "activation": "shapley"},
@@ -60,7 +61,7 @@ def main() -> None:
     if "circuits" in options.parts:
         _circuits(model, found_on, held_out)
     if options.out:
-        measure.save(options.out, rows)
+        measure.save(rows, options.out)
 
 
 def _ours(model: mk.Model, task: mk.Task, some: list[str]) -> torch.Tensor:
@@ -68,12 +69,12 @@ def _ours(model: mk.Model, task: mk.Task, some: list[str]) -> torch.Tensor:
     return torch.tensor(scores.loc[some].to_numpy())
 
 
-def _literal(hub: torch.nn.Module, task: mk.Task, some: list[str], means: TemplateMeans) -> torch.Tensor:
+def _literal(hub: Any, task: mk.Task, some: list[str], means: TemplateMeans) -> torch.Tensor:
     scores = []
     rows, where = torch.arange(len(task)), torch.ones_like(task.clean, dtype=torch.bool)
     for name in some:
         head = mk.site(name)
-        source = {("z", head.layer): Setting(where, means.rows(("z", head.layer), task), (head.head,))}
+        source = {("z", head.layer): Setting(where, means.rows(("z", head.layer), task), (head.head or 0,))}
         with torch.inference_mode():
             logits = contextual(hub, task.clean, source)["logits", hub.config.num_hidden_layers][0]
         ends = logits[rows, task.answer_positions].gather(1, task.answers)
@@ -105,7 +106,10 @@ def _ranks(model: mk.Model, task: mk.Task) -> None:
 def _circuits(model: mk.Model, found_on: mk.Task, held_out: mk.Task) -> None:
     """Circuits of equal size, by method."""
     print("\n| method | found in, s | nodes | faithfulness (95% interval) | random heads |\n|---|---|---|---|---|")
-    ways = {"path": ("path", {"min_share": 0.0}), "eap-ig": ("eap-ig", {"min_share": 0.0})}
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "path": ("path", {"min_share": 0.0}),
+        "eap-ig": ("eap-ig", {"min_share": 0.0}),
+    }
     ways |= {f"cd-t, {how}": ("cd-t", {"min_share": 0.0, "prune": False, **options}) for how, options in HOW.items()}
     ways["cd-t, as published, pruned"] = ("cd-t", {"min_share": 0.0, "ablation": "mean"})
     for name, (method, options) in ways.items():

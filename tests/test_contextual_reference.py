@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +18,7 @@ from reference.taps import tapped
 from torch import Tensor
 
 LAYERS, TOLERANCE = 3, 1e-4  # the Hub's own RMSNorm and softmax compute in single precision
+Sources = dict[tuple[str, int], Setting]
 RECORDED = [("resid", layer) for layer in range(LAYERS + 1)]
 RECORDED += [(kind, layer) for kind in ("q", "k", "v", "z", "mlp") for layer in range(LAYERS)]
 NORMS = "ln_1 ln_2 ln_f input_layernorm post_attention_layernorm norm".split()
@@ -52,7 +54,7 @@ def at(*positions: int) -> Tensor:
     return where
 
 
-def several() -> dict[tuple[str, int], Setting]:
+def several() -> Sources:
     """Sources at every kind of site, later ones in the way of earlier ones, other positions in each prompt."""
     ragged = at(3, 5)
     ragged[1, 3] = False
@@ -64,13 +66,9 @@ def several() -> dict[tuple[str, int], Setting]:
     }
 
 
-def everything(site: str = "") -> dict[tuple[str, int], Setting]:
+def everything(site: str = "") -> Sources:
     sites = [("resid", 0), *((kind, layer) for kind in ("z", "mlp") for layer in range(LAYERS))]
-    return {
-        (kind, layer): Setting(at(*range(7)), torch.zeros(()), tuple(range(4)) if kind == "z" else None)
-        for kind, layer in sites
-        if site in kind
-    }
+    return {(kind, layer): Setting(at(*range(7)), torch.zeros(())) for kind, layer in sites if site in kind}
 
 
 @each_family
@@ -115,7 +113,7 @@ def test_with_everything_a_source_no_logit_is_irrelevant_as_published(family):
 
 
 @torch.no_grad()
-def frozen_run(hf: Any, source: dict[tuple[str, int], Setting]) -> dict[tuple[str, int], Tensor]:
+def frozen_run(hf: Any, source: Sources) -> dict[tuple[str, int], Tensor]:
     """The Hub's model with the references set at the sources, its patterns and the scales of its norms kept."""
     patterns = [value_of(hf, tokens(), "pattern", layer) for layer in range(LAYERS)]
     norms = [module for name, module in hf.named_modules() if name.rsplit(".", 1)[-1] in NORMS]
@@ -224,11 +222,21 @@ def test_the_stabiliser_clamps_the_relevant_part_between_nothing_and_the_total()
 
 
 @each_family
-def test_after_every_block_no_parts_have_opposite_signs_where_it_is_stabilised(family):
-    for stabilise in (True, False):
-        parts = contextual(model_of(family), tokens(), several(), stabilise=stabilise)
-        opposed = [int((parts["resid", layer][0] * parts["resid", layer][1] < 0).sum()) for layer in (1, 2, 3)]
-        assert all(count == 0 for count in opposed) if stabilise else all(count > 0 for count in opposed)
+@torch.no_grad()
+def test_it_is_stabilised_after_the_linear_maps_of_mlps_and_after_blocks(family, monkeypatch):
+    hf, own, before, outputs = model_of(family), literal.stabilised, [], []
+    monkeypatch.setattr(literal, "stabilised", lambda x: before.append(sum(x)) or own(x))
+    names = re.compile(r".*(mlp\.(c_fc|c_proj|gate_proj|up_proj|down_proj)|\.(h|layers)\.\d)")
+    with ExitStack() as stack:
+        for module in (module for name, module in hf.named_modules() if names.fullmatch(name)):
+            stack.callback(module.register_forward_hook(lambda _, __, out: outputs.append(out)).remove)
+        hf(tokens(), use_cache=False)
+    contextual(hf, tokens(), several())
+    assert len(before) == LAYERS * {"gpt2": 3, "llama": 4}[family]
+    for given, expected in zip(before, outputs, strict=True):
+        close(given, expected)
+    contextual(hf, tokens(), several(), stabilise=False)
+    assert len(before) == len(outputs)
 
 
 @torch.no_grad()
@@ -238,12 +246,12 @@ def test_relevant_attention_is_the_softmax_of_the_relevant_scores():
     v = (drawn(2, 7, 2, 8, seed=5), drawn(2, 7, 2, 8, seed=6))
 
     def own(*parts: Tensor) -> Tensor:
-        turned = (part.transpose(1, 2) for part in parts)
-        z = torch.nn.functional.scaled_dot_product_attention(*turned, is_causal=True, scale=0.3, enable_gqa=True)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
         return z.transpose(1, 2)
 
-    whole = own(sum(q), sum(k), sum(v))
-    for how, expected in (("product", own(q[0], k[0], v[0])), ("frozen", own(sum(q), sum(k), v[0]))):
+    whole = own(q[0] + q[1], k[0] + k[1], v[0] + v[1])
+    for how, expected in (("product", own(q[0], k[0], v[0])), ("frozen", own(q[0] + q[1], k[0] + k[1], v[0]))):
         relevant, irrelevant = literal.attention(q, k, v, 0.3, how)
         close(relevant, expected)
         close(irrelevant, whole - expected)
@@ -277,16 +285,22 @@ def test_biases_are_shared_by_size_or_not_at_all():
             expected = share * (whole - own) + (share * own if biases == "shared" else 0)
             close(relevant, expected)
             close(irrelevant, whole - expected)
+    norm, shift = block.ln_2, torch.full_like(x, 2.0)  # centring takes the whole of this part away, not its share
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + norm.eps).sqrt()
+    relevant, irrelevant = literal.layer_norm((x, shift), norm, "shared")
+    close(relevant, normed * norm.weight + x.abs() / (x.abs() + 2) * norm.bias)
+    close(irrelevant, 2 / (x.abs() + 2) * norm.bias)
     x = (drawn(2, 7, 32), drawn(2, 7, 32, seed=1))
     for operation in (functools.partial(literal.linear, weight=weight, bias=bias),
                       functools.partial(literal.layer_norm, norm=block.ln_2)):  # fmt: skip
         for mine, theirs in zip(
-            operation(x, biases="shared"), reversed(operation(x[::-1], biases="shared")), strict=True
+            operation(x, biases="shared"), reversed(operation((x[1], x[0]), biases="shared")), strict=True
         ):
             close(mine, theirs)
 
 
 def test_what_the_literal_form_cannot_do_is_an_error():
+    wrong: dict[str, Any]
     for wrong in ({"attention": "half"}, {"activation": "half"}, {"biases": "half"}):
         with pytest.raises(ValueError, match="half"):
             contextual(model_of("gpt2"), tokens(), {}, **wrong)

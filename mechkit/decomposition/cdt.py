@@ -207,11 +207,10 @@ def _targets(model: Model, wanted: SitesLike) -> tuple[Site, ...]:
 
 
 def _sources(model: Model, wanted: Any, together: bool, targets: Sequence[Site]) -> list[tuple[Site, ...]]:
-    nested = not isinstance(wanted, str | Site) and any(
-        isinstance(one, Sequence) and not isinstance(one, str | Site) for one in wanted
-    )
+    several: Any = () if isinstance(wanted, str | Site) else wanted
+    nested = any(isinstance(one, Sequence) and not isinstance(one, str | Site) for one in several)
     if nested:
-        sets = [tuple(read_patchable(model, one)) for one in wanted]
+        sets = [tuple(read_patchable(model, one)) for one in several]
     else:
         every = read_patchable(model, wanted)
         sets = [tuple(every)] if together else [(one,) for one in every]

@@ -76,7 +76,7 @@ def _read_by(model: Model, node: Site, sites: str) -> list[Site]:
 def _relevance(arrived: pd.DataFrame) -> pd.DataFrame:
     """One row a part: shares of all targets together, divided by the sum over its layer."""
     rows = arrived.drop_duplicates("site").set_index("site", drop=False).copy()
-    sums = arrived.groupby("site")["score"].sum()
+    sums: Any = arrived.groupby("site")["score"].sum()  # the stubs take it for one number
     rows["relevance"] = sums.reindex(rows.index)
     layer = rows.groupby("layer")["relevance"].transform("sum")
     rows["relevance"] = np.where(layer > 0, rows["relevance"] / layer.clip(lower=1e-12), 0.0)

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,9 @@ def split_pass(
     streams = {key: functions for key, functions in _together(begin, taps).items() if key[0] == "resid"}
     waiting = {key for key in taps if key[1] == last and key[0] != "resid"} if read is None else set()
     inside = {key: functions for key, functions in _together(begin, taps).items() if key not in streams}
-    hung = {key: _in_turn(functions, key, waiting) for key, functions in inside.items() if key[1] >= first}
+    hung: dict[Key, Any] = {
+        key: _in_turn(functions, key, waiting) for key, functions in inside.items() if key[1] >= first
+    }
     ends_alone = read is not None and _last_at_ends(backend, (*begin, *taps))
     blocks = backend.bridge.blocks
     mlps = [block.mlp for block in blocks if hasattr(block, "mlp")]
@@ -115,10 +117,11 @@ def split_pass(
             if layer == layers or (read is None and layer == last and not waiting):
                 break
             if layer == layers - 1 and ends_alone and read is not None:
-                ends = replay.last_block(x, rows, read.positions.to(rows.device) - replay.first)
-                out = replay.logits_of(_stable(ends), read.columns)
+                ends: Any = replay.last_block(x, rows, read.positions.to(rows.device) - replay.first)
+                out: Any = replay.logits_of(_stable(ends), read.columns)
                 return Split(out.total, widened(out.relevant, len(sources), out.total), rules)
-            x = _stable(replay.block(layer, x, rows))
+            after: Any = replay.block(layer, x, rows)
+            x = _stable(after)
         if read is not None:
             out = replay.logits(x, read)
             return Split(out.total, widened(out.relevant, len(sources), out.total), rules)
@@ -206,7 +209,7 @@ def _in_turn(
     return function
 
 
-def _unread(blocks: Sequence[nn.Module], rules: Rules, taps: Mapping[Key, Tap]) -> Iterator[nn.Module]:
+def _unread(blocks: Sequence[Any], rules: Rules, taps: Mapping[Key, Tap]) -> Iterator[nn.Module]:
     """Projections to queries and keys whose relevant part goes nowhere."""
     if rules.attention == "product":
         return

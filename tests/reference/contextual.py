@@ -1,10 +1,10 @@
 """Contextual decomposition as its definition reads, on the Hub's own GPT-2 and Llama. Knows nothing of mechkit.
 
-Hsu et al., arXiv 2407.00886, section 3.2 and appendix B.1; the product of two activations and the Shapley forms of
-it and of the activation, which a gated MLP needs, are not in the paper.
+Hsu et al., arXiv 2407.00886, section 3.2 and appendix B.1. The product of two activations and the Shapley forms are
+not in the paper.
 
 1. Every activation is a pair (relevant, irrelevant) whose sum is the model's own value. The embedding is irrelevant.
-2. Each operation computes both parts, each by its own arithmetic; none is the total less the other.
+2. Each operation computes both parts, each by its own arithmetic; only of patterns is one the total less the other.
 3. Where a source is reached, relevant becomes the total less the reference, and irrelevant the reference.
 4. What was carried is kept at every site. All positions, the whole vocabulary, one set of sources.
 """
@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 FLOOR = 1e-8  # where both parts are 0, so is the relevant share
@@ -25,7 +26,7 @@ FLAT = partial(torch.flatten, start_dim=-2)
 
 @dataclass(frozen=True)
 class Setting:
-    """A source at one site: the positions ``[n, pos]``, the reference values, and which heads where the site is z."""
+    """A source at one site: the positions ``[n, pos]``, the reference values, and which heads of z (None: all)."""
 
     where: Tensor
     values: Tensor
@@ -56,8 +57,8 @@ class Run:
 
 def as_source(x: Pair, setting: Setting) -> Pair:
     total, chosen = x[0] + x[1], setting.where[:, :, None]
-    if setting.heads is not None:
-        own = torch.tensor([head in setting.heads for head in range(total.shape[2])])
+    if total.ndim == 4:
+        own = torch.tensor([setting.heads is None or head in setting.heads for head in range(total.shape[2])])
         chosen = (chosen & own)[..., None]
     return torch.where(chosen, total - setting.values, x[0]), torch.where(chosen, setting.values, x[1])
 
@@ -70,20 +71,19 @@ def share(x: Pair, biases: str) -> Tensor:
 
 
 def linear(x: Pair, weight: Tensor, bias: Tensor | None, biases: str) -> Pair:
-    """A map with ``weight [out, in]``."""
     relevant, irrelevant = x[0] @ weight.T, x[1] @ weight.T
     part, bias = share((relevant, irrelevant), biases), torch.zeros(()) if bias is None else bias
     return relevant + part * bias, irrelevant + (1 - part) * bias
 
 
-def layer_norm(x: Pair, norm: nn.LayerNorm, biases: str) -> Pair:
+def layer_norm(x: Pair, norm: Any, biases: str) -> Pair:
     scale = torch.sqrt((x[0] + x[1]).var(-1, keepdim=True, correction=0) + norm.eps)
     relevant, irrelevant = ((part - part.mean(-1, keepdim=True)) / scale * norm.weight for part in x)
-    part = share(x, biases)  # of what enters the norm, not of what leaves it
-    return relevant + part * norm.bias, irrelevant + (1 - part) * norm.bias
+    entering = share(x, biases)  # not of what leaves the norm
+    return relevant + entering * norm.bias, irrelevant + (1 - entering) * norm.bias
 
 
-def rms_norm(x: Pair, norm: nn.Module) -> Pair:
+def rms_norm(x: Pair, norm: Any) -> Pair:
     scale = torch.sqrt((x[0] + x[1]).pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
     return x[0] / scale * norm.weight, x[1] / scale * norm.weight
 
@@ -103,6 +103,10 @@ def product(a: Pair, b: Pair, how: str) -> Pair:
     return (ar * (br + bi) + (ar + ai) * br) / 2, (ai * (br + bi) + (ar + ai) * bi) / 2
 
 
+def both(x: Pair, reshape: Callable[[Tensor], Tensor]) -> Pair:
+    return reshape(x[0]), reshape(x[1])
+
+
 def pattern(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Causal attention ``[n, heads, query, key]``."""
     scores = torch.einsum("nqhd,nkhd->nhqk", q, k) * scale
@@ -111,8 +115,8 @@ def pattern(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def attention(q: Pair, k: Pair, v: Pair, scale: float, how: str) -> Pair:
     """z ``[n, pos, heads, d_head]``; keys and values are of groups, queries and keys already rotated."""
-    times = q[0].shape[2] // k[0].shape[2]
-    (kr, ki), (vr, vi) = (tuple(part.repeat_interleave(times, 2) for part in x) for x in (k, v))
+    repeat = partial(torch.repeat_interleave, repeats=q[0].shape[2] // k[0].shape[2], dim=2)
+    (kr, ki), (vr, vi) = both(k, repeat), both(v, repeat)
     mix = partial(torch.einsum, "nhqk,nkhd->nqhd")
     total = pattern(q[0] + q[1], kr + ki, scale)
     if how == "frozen":
@@ -139,14 +143,9 @@ def added(x: Pair, y: Pair) -> Pair:
     return x[0] + y[0], x[1] + y[1]
 
 
-def both(x: Pair, reshape: Callable[[Tensor], Tensor]) -> Pair:
-    return reshape(x[0]), reshape(x[1])
-
-
-def block_gpt2(block: nn.Module, layer: int, stream: Pair, run: Run) -> Pair:
+def block_gpt2(block: Any, layer: int, stream: Pair, run: Run) -> Pair:
     attn, mlp = block.attn, block.mlp
-    normed = layer_norm(stream, block.ln_1, run.biases)
-    fused = linear(normed, attn.c_attn.weight.T, attn.c_attn.bias, run.biases)
+    fused = linear(layer_norm(stream, block.ln_1, run.biases), attn.c_attn.weight.T, attn.c_attn.bias, run.biases)
     by_head = partial(torch.unflatten, dim=-1, sizes=(3, -1, attn.head_dim))
     q, k, v = (both(fused, lambda part, i=i: by_head(part)[:, :, i]) for i in range(3))
     run.kept.update({("q", layer): q, ("k", layer): k, ("v", layer): v})
@@ -159,8 +158,8 @@ def block_gpt2(block: nn.Module, layer: int, stream: Pair, run: Run) -> Pair:
     return run.settled(added(stream, run.reached("mlp", layer, out)))
 
 
-def block_llama(block: nn.Module, layer: int, stream: Pair, run: Run, rotate: Callable[[Tensor], Tensor]) -> Pair:
-    def through(x: Pair, part: nn.Linear) -> Pair:
+def block_llama(block: Any, layer: int, stream: Pair, run: Run, rotate: Callable[[Tensor], Tensor]) -> Pair:
+    def through(x: Pair, part: Any) -> Pair:
         return linear(x, part.weight, part.bias, run.biases)
 
     attn, mlp = block.self_attn, block.mlp
@@ -180,7 +179,7 @@ def block_llama(block: nn.Module, layer: int, stream: Pair, run: Run, rotate: Ca
 
 @torch.no_grad()
 def contextual(
-    hf: nn.Module,
+    hf: Any,
     tokens: Tensor,
     source: Mapping[tuple[str, int], Setting],
     *,
@@ -202,8 +201,8 @@ def contextual(
         raise TypeError(f"no literal form of {family} is written")
     if unknown := set(source) - {("resid", 0)} - {(kind, layer) for kind in ("z", "mlp") for layer in range(layers)}:
         raise ValueError(f"no source can be at {unknown}")
-    run = Run(source, attention, activation, biases, stabilise)
-    positions, stream = torch.arange(tokens.shape[1])[None], hf.get_input_embeddings()(tokens)
+    run, positions = Run(source, attention, activation, biases, stabilise), torch.arange(tokens.shape[1])[None]
+    stream = hf.get_input_embeddings()(tokens)
     if family == "GPT2LMHeadModel":
         stream = stream + hf.transformer.wpe(positions)
         blocks = [partial(block_gpt2, block) for block in hf.transformer.h]
