@@ -84,8 +84,6 @@ def _parser() -> argparse.ArgumentParser:
 def _discover(options: argparse.Namespace) -> int:
     if options.n < 2:
         raise OptionError(f"--n {options.n}", expected="at least 2 prompts, so that both halves have one")
-    if options.method == "acdc" and options.size is not None:
-        raise OptionError(f"--size {options.size} for acdc", expected="none: what the behaviour needs stays in")
     folder = options.out or Path("runs") / options.task
     _require_writable(folder)
     print(f"mechkit {__version__}: {options.task} in {options.model}, {options.n} prompts", file=sys.stderr)

@@ -128,7 +128,7 @@ def test_the_report_needs_nothing_else(small, tmp_path):
         (["discover", "ioi", "--n", "1"], "--n 1"),
         (["discover", "ioi", "--n", "many"], "'many'"),
         (["discover", "ioi", "--n", "8", "--size", "0"], "size = 0"),
-        (["discover", "ioi", "--method", "acdc", "--size", "5"], "--size 5 for acdc"),
+        (["discover", "ioi", "--method", "acdc", "--size", "5"], "size = 5 for 'acdc'"),
         (["discover", "ioi", "--method", "guessing"], "'guessing'"),
         (["discover", "nothing"], "'nothing'"),
         (["discover", "greater_than", "--n", "8"], "nouns are single tokens"),

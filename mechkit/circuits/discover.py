@@ -88,8 +88,8 @@ def discover(
         ablation: by ACDC, and in pruning by decomposition, what takes the place of what is out.
         prune: take dead ends out of circuits of edges; by decomposition, take out what the circuit is better without
             (``circuits.prune``).
-        checkpoint: a file that keeps what is done, and from which the same call goes on; for ``"patch"`` and the edge
-            methods.
+        checkpoint: a file that keeps what is done, and from which the same call goes on; for ``"patch"``, ``"cd-t"``
+            and the edge methods.
         progress: show bars.
         options: of ``mk.edges``, such as ``steps=5``, for the edge methods; of ``mk.decompose``, such as
             ``reference="mean"``, for ``"cd-t"``.
@@ -109,7 +109,7 @@ def discover(
     words = sites if isinstance(sites, str) else " ".join(map(str, sites))  # type: ignore[arg-type]
     if method != "patch" and sorted(words.replace(",", " ").split()) not in _PARTS:
         raise OptionError(f"sites = {words!r} for {method!r}", expected='"heads", "mlps" or "heads mlps"')
-    if checkpoint and method in ("path", "acdc", "cd-t"):
+    if checkpoint and method in ("path", "acdc"):
         raise OptionError(f"A checkpoint for {method!r}", expected="none: it is made of many short sweeps")
     way = direction or ("denoise" if method == "patch" else "noise")
     chosen: list[Site] | list[Edge]
@@ -131,7 +131,7 @@ def discover(
         else:
             chosen, scores = acdc.by_edges(model, task, threshold, ablation, progress)
     elif method == "cd-t":
-        chosen, scores = search.by_nodes(model, task, words, largest, width, share, progress, **options)
+        chosen, scores = search.by_nodes(model, task, words, largest, width, share, checkpoint, progress, **options)
         chosen = greedily_pruned(model, task, chosen, ablation) if prune else chosen
     else:
         every = score_edges(model, task, method, direction=way, checkpoint=checkpoint, progress=progress, **options)
@@ -191,6 +191,8 @@ def _check(
         raise OptionError(f"width = {width!r}", expected="a whole number from 1")
     if not threshold > 0:
         raise OptionError(f"threshold = {threshold!r}", expected="a fraction of the gap above 0")
+    if size is not None and method == "acdc":
+        raise OptionError(f"size = {size} for 'acdc'", expected="none", fix="Its threshold sets how much it keeps")
     if options and method not in (*_BY_EDGES, "cd-t"):
         raise OptionError(
             f"{', '.join(options)} for {method!r}",

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from ..errors import Interrupted, OptionError, SiteError
+from ..errors import OptionError, SiteError
 from ..patching.cells import Place, PositionsLike, read_patchable, read_places
+from ..patching.effects import whole
 from ..prompts import check_task
 from ..results import Scores, provenance
 from ..sites import Site, SitesLike
@@ -38,12 +39,6 @@ if TYPE_CHECKING:
 
 _SOURCES = ("z", "mlp", "embed")
 _TARGETS = ("q", "k", "v", "z", "mlp", "resid", "logits")
-_OPTIONS = {
-    "attention": ("frozen", "product"),
-    "activation": ("remainder", "shapley"),
-    "biases": ("shared", "irrelevant"),
-    "relevance": ("signed", "size"),
-}
 
 
 def decompose(
@@ -104,58 +99,81 @@ def decompose(
         TaskError, PromptError, StorageError, CapacityError, Interrupted: as of ``mk.patch``.
     """
     started = time.perf_counter()
-    given = {"attention": attention, "activation": activation, "biases": biases, "relevance": relevance}
-    for name, value in given.items():
-        if value not in _OPTIONS[name]:
-            raise OptionError(f"{name} = {value!r}", expected=" or ".join(map(repr, _OPTIONS[name])))
-    if not isinstance(reference, Task) and reference not in ("mean", "corrupt", "zero"):
-        raise OptionError(f"reference = {reference!r}", expected='"mean", "corrupt", "zero", or a task')
-    check_task(model, task)
-    aims = _targets(model, targets)
-    chosen = _sources(model, sources, together, aims)
-    pairs = [(some, where) for some in chosen for where in read_places(task, positions)]
-    at: Place = None if target_positions is None else read_places(task, target_positions)[0]
-    work = Work(
+    work = read_work(
         model,
         task,
-        [some for some, _ in pairs],
-        [where for _, where in pairs],
-        aims,
-        at,
-        task if isinstance(reference, str) and reference == "mean" else reference,
-        Rules(attention, activation, biases, stabilise),
+        sources,
+        targets,
+        positions=positions,
+        target_positions=target_positions,
+        together=together,
+        reference=reference,
+        attention=attention,
+        activation=activation,
+        biases=biases,
+        stabilise=stabilise,
     )
+    if relevance not in ("signed", "size"):
+        raise OptionError(f"relevance = {relevance!r}", expected="'signed' or 'size'")
     found = run(work, checkpoint, progress)
-    tables = [_table(work, found, i, positions != "all", relevance) for i in range(len(aims))]
+    frames = [table(work, found, aim, positions != "all", relevance) for aim in work.targets]
     meta = provenance(
         model,
         task,
         "decompose",
         time.perf_counter() - started,
-        sources=" ".join("+".join(map(str, some)) for some in chosen),
-        targets=" ".join(map(str, aims)),
+        sources=" ".join("+".join(map(str, some)) for some in dict.fromkeys(work.sources)),
+        targets=" ".join(map(str, work.targets)),
         positions=positions if isinstance(positions, str | int) else list(positions),
         target_positions=target_positions,
-        reference=reference if isinstance(reference, str) else reference.name,
-        stabilise=stabilise,
-        **given,
+        relevance=relevance,
+        **told(work),
     )
-    unit = task.metric.name if aims[0].kind == "logits" else "share of the target"
-    scores = Scores(pd.concat(tables, ignore_index=True), unit, meta)
-    if not bool(found.done.all()):
-        fix = "the same call goes on from there" if checkpoint else "with checkpoint=path the same call would go on"
-        raise Interrupted(
-            f"Stopped after {int(found.done.sum())} of {found.done.numel()} parts. What was measured is in the error's "
-            f".scores (in a notebook: import sys; sys.last_value.scores); {fix}.",
-            scores,
-        )
-    return scores
+    unit = task.metric.name if work.targets[0].kind == "logits" else "share of the target"
+    scores = Scores(pd.concat(frames, ignore_index=True), unit, meta)
+    return whole(scores, found.done, "parts", checkpoint is not None)
 
 
-def _table(work: Work, found: Found, target: int, with_position: bool, relevance: str) -> pd.DataFrame:
+def read_work(
+    model: Model,
+    task: Task,
+    sources: SitesLike | Sequence[SitesLike] = "heads",
+    targets: SitesLike = "logits",
+    *,
+    positions: PositionsLike = "all",
+    target_positions: str | int | None = None,
+    together: bool = False,
+    reference: str | Task = "corrupt",
+    attention: Literal["frozen", "product"] = "frozen",
+    activation: Literal["remainder", "shapley"] = "remainder",
+    biases: Literal["shared", "irrelevant"] = "shared",
+    stabilise: bool = True,
+) -> Work:
+    """What ``decompose`` is asked, checked; arguments and errors are its own."""
+    if not isinstance(reference, Task) and reference not in ("mean", "corrupt", "zero"):
+        raise OptionError(f"reference = {reference!r}", expected='"mean", "corrupt", "zero", or a task')
+    rules = Rules(attention, activation, biases, stabilise)
+    check_task(model, task)
+    aims = _targets(model, targets)
+    chosen = _sources(model, sources, together, aims)
+    pairs = [(some, where) for some in chosen for where in read_places(task, positions)]
+    at: Place = None if target_positions is None else read_places(task, target_positions)[0]
+    against = task if isinstance(reference, str) and reference == "mean" else reference
+    return Work(model, task, [some for some, _ in pairs], [where for _, where in pairs], aims, at, against, rules)
+
+
+def told(work: Work) -> dict[str, Any]:
+    """The options, for provenance."""
+    against = work.reference if isinstance(work.reference, str) else work.reference.name
+    return {"reference": "mean" if work.reference is work.task else against, **work.rules.options}
+
+
+def table(work: Work, found: Found, aim: Site, with_position: bool, relevance: str) -> pd.DataFrame:
     """A row a source that comes before a target."""
-    aim, done = work.targets[target], found.done.numpy()
-    values = np.where(done[..., None], found.values[:, :, target].double().numpy(), np.nan)  # [sources, n, 2]
+    done = found.done.numpy()
+    values = np.where(
+        done[..., None], found.values[:, :, work.targets.index(aim)].double().numpy(), np.nan
+    )  # [sources, n, 2]
     of_logits = aim.kind == "logits"
     chosen = values[..., 0 if of_logits or relevance == "signed" else 1]
     n, rows = done.sum(1), []

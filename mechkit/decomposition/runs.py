@@ -162,7 +162,8 @@ class _Batch:
         begins = [int(masks[where][prompts].int().argmax(1).min()) for where in {*work.where}]
         first = min(max(references.first(prompts), min(begins)), int(work.task.answer_positions[prompts].min()))
         if any(one.kind != "logits" for one in work.targets):
-            first = min(first, int(masks[work.at][prompts].int().argmax(1).min()))
+            read_from = int(masks[work.at][prompts].int().argmax(1).min())
+            first = min(first, max(references.first(prompts), read_from))
         self._window = slice(first, length)
         self._references, self._replay = references, backend.start(work.task.clean[prompts, :length], first)
         self._task = work.task[prompts]
@@ -182,10 +183,8 @@ class _Batch:
         keys |= {key_of(site) for site in work.targets if site.kind != "logits"}
         references = {key: self._references.of(key, prompts, window).to(self._replay.stream(0)) for key in keys}
         found = torch.zeros(len(some), len(prompts), len(work.targets), 2)
-        taps: dict[Key, Callable[[Split], None]] = {
-            key: self._tap(key, references[key], found)
-            for key in {key_of(site) for site in work.targets if site.kind != "logits"}
-        }
+        sites = [site for site in work.targets if site.kind != "logits"]
+        taps = {key: self._tap(key, references[key], found) for key in dict.fromkeys(map(key_of, sites))}
         metric, read = work.task.metric, None
         if any(site.kind == "logits" for site in work.targets):
             columns = self._task.answers if metric.reads == "answers" else None
@@ -200,14 +199,16 @@ class _Batch:
         return found
 
     def _tap(self, key: Key, reference: Tensor, found: Tensor) -> Callable[[Split], None]:
-        mask = self._masks[self._work.at][self._prompts, self._window]
+        work, prompts, window = self._work, self._prompts, self._window
+        mask = self._masks[work.at][prompts, : window.stop]
+        before = self._references.of(key, prompts, slice(0, window.start))  # there, the activation is its reference
+        places = [i for i, site in enumerate(work.targets) if key_of(site) == key]
+        slots = [_slot(work.model, work.targets[i]) for i in places]
 
         def read(x: Split) -> None:
-            if x.relevant is None:
-                return
-            for i, site in enumerate(self._work.targets):
-                if key_of(site) == key:
-                    found[: len(x.relevant), :, i] = arrived(x, reference, mask, _slot(self._work.model, site)).cpu()
+            if x.relevant is not None:
+                shares = arrived(x, reference, before, mask, slots)
+                found[: len(x.relevant), :, places] = shares.cpu()
 
         return read
 
@@ -228,8 +229,8 @@ def _check_size(out: Split) -> None:
         )
 
 
-def arrived(x: Split, reference: Tensor, mask: Tensor, slot: int | None) -> Tensor:
-    """How much of what is at a site is relevant ``[sources, n, 2]``.
+def arrived(x: Split, reference: Tensor, before: Tensor, mask: Tensor, slots: Sequence[int | None]) -> Tensor:
+    """How much of what is at sites is relevant ``[sources, n, slots, 2]``.
 
     By direction: the relevant part's share of the target's own deviation from its reference, ``r . d / d . d``, summed
     over positions; parts of one target add up, and those that work against it are negative. By size:
@@ -238,17 +239,24 @@ def arrived(x: Split, reference: Tensor, mask: Tensor, slot: int | None) -> Tens
     Args:
         x: what is there ``[n, pos, (heads,) width]``.
         reference: of the same shape, or what broadcasts to it.
-        mask: which positions count ``[n, pos]``.
-        slot: which head; None: there are none.
+        before: what is at the positions before these, of which nothing is relevant ``[n, earlier, (heads,) width]``.
+        mask: which positions count ``[n, earlier + pos]``.
+        slots: which heads; None: there are none.
     """
     assert x.relevant is not None
-    total, relevant, reference = x.total, x.relevant, reference.expand_as(x.total)
-    if slot is not None:
-        total, relevant, reference = total[:, :, slot], relevant[:, :, :, slot], reference[:, :, slot]
-    counted = mask.to(total.device)[..., None]
-    own, relevant = (total - reference) * counted, relevant * counted
-    signed = (relevant * own).sum((-1, -2)) / own.square().sum((-1, -2)).clamp_min(1e-12)
-    size, rest = relevant.abs().sum((-1, -2)), ((total - relevant) * counted).abs().sum((-1, -2))
+    total, relevant = x.total, x.relevant
+    own = total - reference
+    earlier = before.to(total) if before.dim() else total[:, :0]
+    if slots[0] is None:
+        total, relevant, own, earlier = (part.unsqueeze(-2) for part in (total, relevant, own, earlier))
+    else:
+        total, relevant, own, earlier = (part[..., slots, :] for part in (total, relevant, own, earlier))
+    counted = mask.to(total.device)[:, mask.shape[1] - total.shape[1] :, None, None]
+    relevant, own = relevant * counted, own * counted
+    axes = (-3, -1)
+    signed = (relevant * own).sum(axes) / own.square().sum(axes).clamp_min(1e-12)
+    size, rest = relevant.abs().sum(axes), (total * counted - relevant).abs().sum(axes)
+    rest = rest + (earlier * mask.to(total.device)[:, : earlier.shape[1], None, None]).abs().sum(axes)
     return torch.stack([signed, size / (size + rest).clamp_min(1e-12)], -1)
 
 

@@ -1,11 +1,13 @@
 """The iterative search of CD-T: from the logits backwards, to whatever is most of what arrives there.
 
-1. Decompose the logits into heads (and MLPs). Take the ``width`` whose relevant part moves the metric most.
-2. What these read (queries, keys and values of heads, inputs of MLPs) are the next targets. Decompose them into the
-   parts before; a part's relevance is the sum, over targets, of the share that it is of what is there.
-3. Relevance is divided by the sum over the part's layer, so that layers that write much do not drown the others; take
+1. One sweep decomposes the logits, and everything that any part reads (queries, keys and values of heads; of an MLP,
+   what it writes), into all heads (and MLPs). The steps below look up what they need.
+2. Take the ``width`` parts whose relevant part moves the metric most.
+3. What these read are the next targets. A part's relevance is the sum, over targets, of the share that it is of what
+   is there.
+4. Relevance is divided by the sum over the part's layer, so that layers that write much do not drown the others; take
    the largest ``width`` that are not in yet.
-4. Go on until there are as many parts as were asked for, or nothing comes before the targets.
+5. Go on until there are as many parts as were asked for, or nothing comes before the targets.
 
 A part's score is its relevance in the step with its largest one, as a fraction of the largest of that step.
 
@@ -14,15 +16,19 @@ Hsu et al. 2024 (arXiv 2407.00886), algorithm 1; the authors' notebooks take two
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from ..results import Scores
+from ..errors import OptionError
+from ..patching.effects import whole
+from ..results import Scores, provenance
 from ..sites import Site, site
-from .cdt import decompose
+from .cdt import read_work, table, told
+from .runs import run
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -30,7 +36,15 @@ if TYPE_CHECKING:
 
 
 def by_nodes(
-    model: Model, task: Task, sites: str, size: int, width: int, min_share: float, progress: bool = True, **options: Any
+    model: Model,
+    task: Task,
+    sites: str,
+    size: int,
+    width: int,
+    min_share: float,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
 ) -> tuple[list[Site], Scores]:
     """The parts found, in order, and the scores of all.
 
@@ -40,30 +54,44 @@ def by_nodes(
         size: how many parts at most.
         width: how many parts a step takes.
         min_share: leave out what is below this share of the largest relevance in a step.
-        progress: show bars.
-        options: of ``decompose``.
+        checkpoint: of the sweep.
+        progress: show a bar.
+        options: ``reference``, ``attention``, ``activation``, ``biases``, ``stabilise`` of ``decompose``.
+
+    Raises:
+        OptionError: another option.
     """
-    found: list[Site] = []
-    first = decompose(model, task, sites, "logits", progress=progress, **options)
-    step = first.frame.assign(relevance=first.frame["score"])
-    best: pd.DataFrame | None = None
-    while len(found) < size:
-        largest = float(step["relevance"].abs().max())
-        step["score"] = step["relevance"] / largest if largest else 0.0
-        step["se"] = np.nan if best is not None else step["se"] / largest if largest else np.nan
-        best = step if best is None else _larger(best, step)
-        sizes = step["relevance"].abs().sort_values(ascending=False, kind="stable")
-        order = step.loc[sizes[(sizes > 0) & (sizes >= min_share * largest)].index, "site"]
-        new = [one for one in map(site, order) if one not in found][: min(width, size - len(found))]
-        found += new
-        targets = [one for node in new for one in _read_by(model, node, sites)]
+    if unknown := options.keys() - {"reference", "attention", "activation", "biases", "stabilise"}:
+        raise OptionError(f"{', '.join(sorted(unknown))} in a search", expected="how to decompose, not what")
+    started = time.perf_counter()
+    work = read_work(model, task, sites, "logits", **options)
+    read = {part: _read_by(model, part, sites) for (part,) in work.sources}
+    work = replace(work, targets=(*work.targets, *dict.fromkeys(one for some in read.values() for one in some)))
+    found = run(work, checkpoint, progress)
+    first = table(work, found, work.targets[0], False, "signed")
+    meta = provenance(model, task, "discover: cd-t", time.perf_counter() - started, **told(work))
+    whole(Scores(first, task.metric.name, meta), found.done, "parts", checkpoint is not None)
+    parts = [site(one) for one in first["site"]]
+    shares = dict(zip(work.targets, found.values[..., 1].double().mean(1).T.numpy(), strict=True))  # each [parts]
+    layers = np.array([one.layer for one in parts])
+    relevance, scores, chosen = first["score"].to_numpy(), np.zeros(len(parts)), list[int]()
+    while len(chosen) < size:
+        sizes = np.abs(relevance)
+        largest = sizes.max()
+        if largest > 0:
+            scores = np.where(sizes / largest > np.abs(scores), relevance / largest, scores)
+        order = [i for i in np.argsort(-sizes, kind="stable") if sizes[i] > 0 and sizes[i] >= min_share * largest]
+        new = [i for i in order if i not in chosen][: min(width, size - len(chosen))]
+        chosen += new
+        if len(chosen) >= size:
+            break
+        targets = [one for i in new for one in read[parts[i]]]
         if not targets:
             break
-        arrived = decompose(model, task, sites, targets, progress=progress, relevance="size", **options).frame
-        step = _relevance(arrived)
-    assert best is not None
-    frame = best.drop(columns=["relevance", "sender", "receiver", "signed", "size"], errors="ignore")
-    return found, replace(first, frame=frame.reset_index(drop=True), unit="relevance, of the largest in its step")
+        arrived = np.sum([shares[one] for one in dict.fromkeys(targets)], 0)
+        relevance = arrived / np.bincount(layers, arrived)[layers].clip(min=1e-12)
+    frame = first.drop(columns=["sender", "receiver"]).assign(score=scores, se=np.nan)
+    return [parts[i] for i in chosen], Scores(frame, "relevance, of the largest in its step", meta)
 
 
 def _read_by(model: Model, node: Site, sites: str) -> list[Site]:
@@ -71,20 +99,3 @@ def _read_by(model: Model, node: Site, sites: str) -> list[Site]:
     if node.kind == "mlp":
         return [node] if node.layer > 0 or "heads" in sites else []
     return [slot for slot in model.graph().slots(node) if slot.layer > 0]
-
-
-def _relevance(arrived: pd.DataFrame) -> pd.DataFrame:
-    """One row a part: shares of all targets together, divided by the sum over its layer."""
-    rows = arrived.drop_duplicates("site").set_index("site", drop=False).copy()
-    sums: Any = arrived.groupby("site")["score"].sum()  # the stubs take it for one number
-    rows["relevance"] = sums.reindex(rows.index)
-    layer = rows.groupby("layer")["relevance"].transform("sum")
-    rows["relevance"] = np.where(layer > 0, rows["relevance"] / layer.clip(lower=1e-12), 0.0)
-    return rows.reset_index(drop=True)
-
-
-def _larger(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """Of each part the row with the larger score, in the order of ``old``."""
-    both = pd.concat([old, new])
-    both = both.assign(by=both["score"].abs()).sort_values("by", ascending=False, kind="stable")
-    return both.drop_duplicates("site").set_index("site", drop=False).loc[old["site"]].drop(columns="by")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import UnsupportedError
+from ..errors import OptionError, UnsupportedError
 
 Role: TypeAlias = 'Literal["value", "scores", "pattern"]'
 Rule: TypeAlias = "Callable[..., Any]"
@@ -44,6 +44,9 @@ class Rules:
         stabilise: within MLPs and after blocks, keep relevant parts between 0 and the total.
         names: of modules, for messages.
         in_mlp: the pass is inside an MLP.
+
+    Raises:
+        OptionError: an unknown option.
     """
 
     attention: Literal["frozen", "product"] = "frozen"
@@ -52,6 +55,22 @@ class Rules:
     stabilise: bool = True
     names: Mapping[int, str] = field(default_factory=dict)
     in_mlp: bool = False
+
+    _KNOWN: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("frozen", "product"),
+        "activation": ("remainder", "shapley"),
+        "biases": ("shared", "irrelevant"),
+    }
+
+    def __post_init__(self) -> None:
+        for name, known in self._KNOWN.items():
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name} = {getattr(self, name)!r}", expected=" or ".join(map(repr, known)))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was chosen, by name."""
+        return {name: getattr(self, name) for name in (*self._KNOWN, "stabilise")}
 
     def refuse(self, operation: str, why: str = "has no rule for two parts") -> UnsupportedError:
         """The error for an operation, with the module that called it."""

@@ -36,14 +36,6 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..view.tokens import ColouredText
 
-_OPTIONS = {
-    "method": ("cd-t",),
-    "reference": ("zero",),
-    "attention": ("frozen", "product"),
-    "activation": ("remainder", "shapley"),
-    "biases": ("shared", "irrelevant"),
-}
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenScores(Table):
@@ -120,11 +112,9 @@ def token_scores(
         CapacityError: it does not fit in memory.
     """
     started = time.perf_counter()
-    options = {"method": method, "reference": reference, "attention": attention, "activation": activation}
-    options |= {"biases": biases}
-    for name, value in options.items():
-        if value not in _OPTIONS[name]:
-            raise OptionError(f"{name} = {value!r}", expected=" or ".join(map(repr, _OPTIONS[name])))
+    for name, value, known in (("method", method, "cd-t"), ("reference", reference, "zero")):
+        if value != known:
+            raise OptionError(f"{name} = {value!r}", expected=repr(known))
     if isinstance(phrases, str):
         raise OptionError(f"phrases = {phrases!r}", expected="a list of phrases")
     rules = Rules(attention, activation, biases, stabilise)
@@ -164,7 +154,7 @@ def token_scores(
         "against": asked.against,
         "total": total,
         "method": method,
-        "options": {name: value for name, value in options.items() if name != "method"} | {"stabilise": stabilise},
+        "options": {"reference": reference, **rules.options},
         "versions": {name: version(package) for name, package in packages.items()},
         "seconds": round(time.perf_counter() - started, 2),
     }

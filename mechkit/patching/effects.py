@@ -81,11 +81,26 @@ def finished(
     ends = {"base_metric": float(done.base.mean()), "source_metric": float(done.source.mean())}
     meta = provenance(model, task, method, time.perf_counter() - started, **options, **ends)
     scores = Scores(pd.concat(tables, ignore_index=True), "fraction of the metric gap", meta)
-    if not bool(done.done.all()):
-        fix = "the same call goes on from there" if kept else "with checkpoint=path the same call would go on"
-        raise Interrupted(
-            f"Stopped after {int(done.done.sum())} of {done.done.numel()} patches. What was measured is in the "
-            f"error's .scores (in a notebook: import sys; sys.last_value.scores); {fix}.",
-            scores,
-        )
-    return scores
+    return whole(scores, done.done, "patches", kept)
+
+
+def whole(scores: Scores, done: Tensor, things: str, kept: bool) -> Scores:
+    """The scores, where all of them were measured.
+
+    Args:
+        scores: what was measured.
+        done: which of the things were.
+        things: what they are, for the message.
+        kept: there is a checkpoint.
+
+    Raises:
+        Interrupted: the work was stopped; ``error.scores`` has what was measured.
+    """
+    if bool(done.all()):
+        return scores
+    fix = "the same call goes on from there" if kept else "with checkpoint=path the same call would go on"
+    raise Interrupted(
+        f"Stopped after {int(done.sum())} of {done.numel()} {things}. What was measured is in the error's .scores "
+        f"(in a notebook: import sys; sys.last_value.scores); {fix}.",
+        scores,
+    )
