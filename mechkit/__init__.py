@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .decomposition.cdt import decompose
     from .decomposition.tokens import TokenScores, token_scores
     from .edge_scores import EdgeScores
-    from .edits import ablate, attend, patch_in, scale, steer
+    from .edits import ablate, attend, patch_in, scale, steer, transform
     from .errors import MechkitError, MechkitWarning
     from .graph import Edge, Graph, edge
     from .model import Model
@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from .sites import HeadSet, Site, heads, site
     from .sources import load
     from .tasks.task import Task
+    from .weights.channels import ChannelEffects, channel_effects
+    from .weights.composition import Composition, composition
+    from .weights.edit_weights import WeightEdit, edit_weights
+    from .weights.head_weights import HeadWeights
+    from .weights.subspace import Subspace
+    from .weights.svd import HeadSVD, svd
 
 _HOMES = {
     "Circuit": "circuits.circuit",
@@ -57,6 +63,7 @@ _HOMES = {
     "patch_in": "edits",
     "scale": "edits",
     "steer": "edits",
+    "transform": "edits",
     "MechkitError": "errors",
     "MechkitWarning": "errors",
     "Edge": "graph",
@@ -75,35 +82,54 @@ _HOMES = {
     "Task": "tasks.task",
     "TokenScores": "decomposition.tokens",
     "token_scores": "decomposition.tokens",
+    "Composition": "weights.composition",
+    "composition": "weights.composition",
+    "HeadWeights": "weights.head_weights",
+    "Subspace": "weights.subspace",
+    "HeadSVD": "weights.svd",
+    "svd": "weights.svd",
+    "ChannelEffects": "weights.channels",
+    "channel_effects": "weights.channels",
+    "WeightEdit": "weights.edit_weights",
+    "edit_weights": "weights.edit_weights",
 }
 _MODULES = ("errors", "metrics", "planted", "sites", "tasks", "view")
 
 __all__ = [
+    "ChannelEffects",
     "Circuit",
     "CircuitDiff",
+    "Composition",
     "Curve",
     "Edge",
     "EdgeScores",
     "Evaluation",
     "Graph",
+    "HeadSVD",
     "HeadSet",
+    "HeadWeights",
     "MechkitError",
     "MechkitWarning",
     "Model",
     "Overlap",
     "Scores",
     "Site",
+    "Subspace",
     "Task",
     "TokenScores",
+    "WeightEdit",
     "__version__",
     "ablate",
     "attend",
+    "channel_effects",
     "completeness",
+    "composition",
     "curve",
     "decompose",
     "discover",
     "edge",
     "edges",
+    "edit_weights",
     "heads",
     "load",
     "metrics",
@@ -115,8 +141,10 @@ __all__ = [
     "scale",
     "site",
     "steer",
+    "svd",
     "tasks",
     "token_scores",
+    "transform",
     "view",
 ]
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .view.report import Behaviour, Example
 
 # Written out, since the modules that have them are heavy.
-TASKS = tuple("capitals_conflict colored_objects docstring gendered_pronoun greater_than induction ioi".split())
+TASKS = tuple(
+    "capitals_conflict colored_objects docstring gendered_pronoun greater_than induction ioi laundry_list".split()
+)
 METHODS = tuple("patch path eap eap-ig eap-ig-activations exact acdc cd-t".split())
 _PATTERNS_SHOWN = 6
 

@@ -7,6 +7,7 @@
     scale("7.3", 0.5)                         multiply
     patch_in("7.3", values)                   set to given values
     steer("resid.10", vector, alpha=2.0)      add alpha times a vector
+    transform("7.3", matrix)                  multiply by a matrix, and add a vector
     attend("7.3", mask="S2")                  change where a head looks; see ``attend``
 
 Edits are carried out in the order given; those of one site build on each other. Positions are those of the prompt,
@@ -98,6 +99,14 @@ class Steer(Edit):
 
 
 @dataclass(frozen=True, eq=False)
+class Transform(Edit):
+    """Multiply from the right by ``matrix``, then add ``shift``."""
+
+    matrix: Tensor
+    shift: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Attend(Edit):
     """Change the scores or the pattern of heads; see ``attend``.
 
@@ -181,6 +190,30 @@ def patch_in(addresses: SitesLike, values: Tensor | Mapping, positions: Position
 def steer(addresses: SitesLike, vector: Tensor, alpha: float = 1.0, positions: Positions = None) -> Steer:
     """Add ``alpha * vector`` to sites; ``vector`` is ``[d_head]`` for heads, ``[d_model]`` elsewhere."""
     return Steer(sites(addresses), _positions(positions), vector, _number("alpha", alpha))
+
+
+def transform(
+    addresses: SitesLike, matrix: Tensor, shift: Tensor | None = None, positions: Positions = None
+) -> Transform:
+    """Set sites to ``x @ matrix + shift``, x what is there.
+
+    Args:
+        addresses: what to change, of one width: z, q, k, v of heads, mlp, resid, embed.
+        matrix: ``[width, width]``; the identity changes nothing.
+        shift: ``[width]``; left out: nothing is added.
+        positions: token positions from 0 (negative: from the end), or a span of the task; None for all.
+
+    Raises:
+        EditError: a matrix that is not square, a shift of another width, or a site that is a pattern or scores.
+    """
+    chosen = sites(addresses)
+    if any(one.kind in ("pattern", "scores") for one in chosen):
+        raise EditError("transform of attention", expected="z, q, k, v, mlp, resid or embed", fix="Use mk.attend")
+    width = matrix.shape[-1]
+    if matrix.ndim != 2 or len(matrix) != width or (shift is not None and list(shift.shape) != [width]):
+        given = f"{list(matrix.shape)}" + ("" if shift is None else f" and {list(shift.shape)}")
+        raise EditError(f"transform by shapes {given}", expected="[width, width] and [width]")
+    return Transform(chosen, _positions(positions), matrix, shift)
 
 
 def attend(

@@ -19,6 +19,9 @@ from .sites import HeadSet, Site, SitesLike, sites
 from .tasks.task import Task
 
 
+_HASHED_AT_ONCE = 1 << 22  # numbers: the embedding of a large vocabulary, in double precision, is not kept whole
+
+
 class Model:
     """A language model; make one with ``mk.load``.
 
@@ -93,7 +96,10 @@ class Model:
         digest = hashlib.sha256()
         with torch.inference_mode():
             for name, parameter in sorted(self.hf.named_parameters()):
-                sums = (parameter.double().sum(), parameter.double().square().sum())
+                sums = [0.0, 0.0]
+                for part in parameter.flatten().split(_HASHED_AT_ONCE):
+                    exact = part.double()
+                    sums = [sums[0] + float(exact.sum()), sums[1] + float(exact.square().sum())]
                 digest.update(f"{name} {list(parameter.shape)} {sums[0]:.12e} {sums[1]:.12e}".encode())
         return digest.hexdigest()[:16]
 

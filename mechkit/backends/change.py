@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import Ablate, Attend, Edit, PatchIn, Scale, Steer
+from ..edits import Ablate, Attend, Edit, PatchIn, Scale, Steer, Transform
 from ..errors import EditError
 from ..sites import Site
 from .attend import attended
@@ -97,6 +97,13 @@ def _new(edit: Edit, site: Site, old: Tensor, found: Tensor | None, growing: boo
             return fitted(_of_found(values[site], edit, found), old, site, growing)
         case Steer(vector=vector, alpha=alpha):
             return old + alpha * fitted(_of_found(vector, edit, found), old, site, growing)
+        case Transform(matrix=matrix, shift=shift):
+            if len(matrix) != old.shape[-1]:
+                raise EditError(
+                    f'transform of "{site}" by a matrix of width {len(matrix)}', expected=f"width {old.shape[-1]}"
+                )
+            new = old @ matrix.to(old)
+            return new if shift is None else new + shift.to(old)
     raise EditError(f"{type(edit).__name__} with mode {getattr(edit, 'mode', None)!r} has not been given its values")
 
 

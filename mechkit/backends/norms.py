@@ -54,6 +54,19 @@ class Norm:
         """What is added at the end."""
         return getattr(self.module, "bias", None)
 
+    @property
+    def centres(self) -> bool:
+        """Whether the mean is taken off; known once ``parts`` was called."""
+        assert self._known is not None
+        return self._known[0]
+
+    @property
+    def gain(self) -> Tensor | None:
+        """What is multiplied by once the scale is taken out ``[d]``; known once ``parts`` was called."""
+        assert self._known is not None
+        weight = getattr(self.module, "weight", None)
+        return None if weight is None else (weight.float() + self._known[1]).detach()
+
     def parts(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """An activation with its mean off, and the gain, whose product is what comes out, the bias apart.
 
@@ -73,8 +86,7 @@ class Norm:
 
     def centred(self, x: Tensor) -> Tensor:
         """An activation with its mean off where this norm takes it off; known once ``parts`` was called."""
-        assert self._known is not None
-        return x - x.mean(-1, keepdim=True) if self._known[0] else x
+        return x - x.mean(-1, keepdim=True) if self.centres else x
 
     def _parts(self, x: Tensor, centred: bool, offset: float) -> tuple[Tensor, Tensor]:
         x = x.float()

@@ -7,6 +7,7 @@ from .gendered_pronoun import gendered_pronoun
 from .greater_than import greater_than
 from .induction import induction
 from .ioi import ioi
+from .laundry_list import laundry_list
 from .task import Task
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "greater_than",
     "induction",
     "ioi",
+    "laundry_list",
 ]

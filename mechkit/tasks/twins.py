@@ -35,7 +35,7 @@ class Twins:
         clean, corrupt: the texts.
         correct, wrong: ids of the answers to the clean prompt.
         fields: where in the clean text each field begins, in characters.
-        spans: name of a span to the field that it is.
+        spans: name of a span to the field that it is, or to the first and the last of several.
     """
 
     clean: str
@@ -43,7 +43,7 @@ class Twins:
     correct: int
     wrong: int
     fields: Mapping[str, int]
-    spans: Mapping[str, str]
+    spans: Mapping[str, str | tuple[str, str]]
 
 
 def check_options(n: int, **options: tuple[Any, Sequence[Any]]) -> None:
@@ -148,7 +148,7 @@ def made(
     fields = [_positions(pair, clean, model) for pair, (clean, _) in zip(twins, rows, strict=True)]
     shapes = [[*where.values(), len(clean)] for where, (clean, _) in zip(fields, rows, strict=True)]
     columns = {
-        span: torch.tensor([where[pair.spans[span]] for pair, where in zip(twins, fields, strict=True)])
+        span: torch.tensor([_ends(pair.spans[span], where) for pair, where in zip(twins, fields, strict=True)])
         for span in twins[0].spans
     }
     task = Task.from_tokens(
@@ -158,13 +158,19 @@ def made(
         torch.tensor([pair.wrong for pair in twins]),
         lengths=lengths,
         spans=columns,
-        templates=group_ids(torch.tensor(shapes)),
+        templates=group_ids(pad_right(shapes, -1)[0]),
         texts=([pair.clean for pair in twins], [pair.corrupt for pair in twins]),
         metric=metric,
         name=name,
         meta={"n": len(twins), **meta},
     )
     return with_ability(model, task) if check else task
+
+
+def _ends(span: str | tuple[str, str], where: Mapping[str, int]) -> list[int]:
+    """First and one-past-last position of a span; every field is one token."""
+    first, last = (span, span) if isinstance(span, str) else span
+    return [where[first], where[last] + 1]
 
 
 def _positions(pair: Twins, ids: list[int], model: Model) -> dict[str, int]:

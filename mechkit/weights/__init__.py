@@ -1,0 +1,1 @@
+"""What the weights alone say: singular directions of heads, composition between them, token circuits."""
