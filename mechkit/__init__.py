@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from .weights.edit_weights import WeightEdit, edit_weights
     from .weights.head_weights import HeadWeights
     from .weights.subspace import Subspace
+    from .weights.suppression import CopySuppression, copy_suppression
     from .weights.svd import HeadSVD, svd
+    from .weights.token_circuits import TokenCircuits, token_circuits
 
 _HOMES = {
     "Circuit": "circuits.circuit",
@@ -88,6 +90,10 @@ _HOMES = {
     "Subspace": "weights.subspace",
     "HeadSVD": "weights.svd",
     "svd": "weights.svd",
+    "CopySuppression": "weights.suppression",
+    "copy_suppression": "weights.suppression",
+    "TokenCircuits": "weights.token_circuits",
+    "token_circuits": "weights.token_circuits",
     "ChannelEffects": "weights.channels",
     "channel_effects": "weights.channels",
     "WeightEdit": "weights.edit_weights",
@@ -100,6 +106,7 @@ __all__ = [
     "Circuit",
     "CircuitDiff",
     "Composition",
+    "CopySuppression",
     "Curve",
     "Edge",
     "EdgeScores",
@@ -116,6 +123,7 @@ __all__ = [
     "Site",
     "Subspace",
     "Task",
+    "TokenCircuits",
     "TokenScores",
     "WeightEdit",
     "__version__",
@@ -124,6 +132,7 @@ __all__ = [
     "channel_effects",
     "completeness",
     "composition",
+    "copy_suppression",
     "curve",
     "decompose",
     "discover",
@@ -143,6 +152,7 @@ __all__ = [
     "steer",
     "svd",
     "tasks",
+    "token_circuits",
     "token_scores",
     "transform",
     "view",

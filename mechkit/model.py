@@ -18,7 +18,6 @@ from .run import Run
 from .sites import HeadSet, Site, SitesLike, sites
 from .tasks.task import Task
 
-
 _HASHED_AT_ONCE = 1 << 22  # numbers: the embedding of a large vocabulary, in double precision, is not kept whole
 
 

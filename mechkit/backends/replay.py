@@ -248,7 +248,9 @@ class LensReplay:
         if isinstance(value, Tensor):
             if name == "alibi" and value.ndim and value.shape[0] == self.batch * self.backend.info.n_heads:
                 return value.unflatten(0, (self.batch, -1))[rows].flatten(0, 1)
-            return value[rows] if self.batch > 1 and value.ndim > 1 and value.shape[0] == self.batch else value
+            by_prompt = value.ndim > 1 and value.shape[0] == self.batch
+            # Of one prompt, what is the same for all rows is left to broadcast; Falcon's alibi is viewed by rows.
+            return value[rows] if by_prompt and (self.batch > 1 or name == "alibi") else value
         if isinstance(value, tuple | list):
             return type(value)(self._rows(one, rows) for one in value)
         if hasattr(value, "update") and hasattr(value, "get_seq_length"):

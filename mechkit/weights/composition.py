@@ -113,11 +113,10 @@ class Composition(Table):
         Raises:
             SiteError, OptionError: as of ``channel``.
         """
-        rows = self.of_pair(sender, receiver)
-        rows = rows[rows["component"].notna()]
-        if not 1 <= k <= len(rows):
-            raise OptionError(f"k = {k} of {len(rows)} components", expected="mk.composition with components=True")
-        return [int(one) for one in rows["component"].iloc[:k]]
+        ordered = [int(one) for one in self.of_pair(sender, receiver)["component"].dropna()]
+        if not 1 <= k <= len(ordered):
+            raise OptionError(f"k = {k} of {len(ordered)} components", expected="mk.composition with components=True")
+        return ordered[:k]
 
 
 def composition(

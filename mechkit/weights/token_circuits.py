@@ -7,7 +7,8 @@
 2. Copying score: the share of tokens that are among the k most promoted of their own row (5: Wang et al. 2022).
    Suppression score: the share that are among the k most suppressed (10: McDougall et al. 2023).
 3. Positive eigenvalues: ``sum(l) / sum(|l|)`` over the eigenvalues l of the OV circuit (Elhage et al. 2021). They are
-   those of a ``d_head`` by ``d_head`` matrix, ``W_O U E W_V``: the vocabulary is summed over, never squared.
+   those of a ``d_head`` by ``d_head`` matrix, ``W_O U E W_V``: the vocabulary is summed over, never squared. The mean
+   over logits, which no softmax sees, is taken off U first.
 4. QK: for every query token t, the scores of all key tokens, and the rank of t's own key among them. The query is t's
    unembedding by default, the direction that the stream has where t is predicted, and the key its (effective)
    embedding.
@@ -51,8 +52,9 @@ class TokenCircuits(Table):
 
     Attributes:
         frame: a row a token: ``id``, ``token``, ``score`` (its own logit when it is attended to, less the mean over
-            logits), ``promoted`` (how many tokens are promoted more), ``suppressed`` (how many are suppressed more),
-            ``attended`` (how many keys the query of this token attends to more than to its own).
+            logits), ``promoted`` (how many other tokens are promoted as much or more), ``suppressed`` (how many are
+            suppressed as much or more), ``attended`` (how many other keys the query of this token scores as high or
+            higher than its own).
         unit: of ``score``.
         meta: model, head, options, seconds.
         pairs: the largest entries: ``circuit`` (``"ov"``, ``"qk"``), ``end`` (``"+"``, ``"-"``), ``rank``, ``source``
@@ -122,6 +124,8 @@ def token_circuits(
     started = time.perf_counter()
     weights = HeadWeights.load(model)
     (site,) = heads = weights.heads([head])
+    if embedding not in ("effective", "embed"):
+        raise OptionError(f"embedding = {embedding!r}", expected='"effective" or "embed"')
     if query not in ("unembed", "effective", "embed"):
         raise OptionError(f"query = {query!r}", expected='"unembed", "effective" or "embed"')
     if not isinstance(pairs, int) or pairs < 0:
@@ -139,7 +143,8 @@ def token_circuits(
     out = vocabulary.final.behind(weights.of_heads("o", heads)[0])
     to_logits = (vocabulary.unembed.float() @ out.mT).mT.contiguous()  # [d_head, vocab]
     bias = weights.of_bias("v", site)
-    eigenvalues = torch.linalg.eigvals((to_logits @ (moved if bias is None else moved - bias)).double())
+    centred = to_logits - to_logits.mean(1, keepdim=True)
+    eigenvalues = torch.linalg.eigvals((centred @ (moved if bias is None else moved - bias)).double())
     with tqdm(total=2 * len(ids), desc=f"tokens of {site}", unit="token", disable=not progress) as bar:
         own, above, below, ov = _strips(moved[ids], to_logits, ids, pairs, bar)
         _, attended, _, qk = _strips(asked, keys.mT.contiguous(), ids, pairs, bar)
@@ -228,8 +233,8 @@ def _strips(
         strip = torch.mm(rows[where], columns, out=room[: where.stop - where.start])
         mine = strip.gather(1, own[where, None].to(strip.device))
         entries[where] = (mine[:, 0] - strip.mean(1)).cpu()
-        above[where] = _count_true(strip > mine)
-        below[where] = _count_true(strip < mine)
+        above[where] = _count_true(strip >= mine) - 1
+        below[where] = _count_true(strip <= mine) - 1
         top.see(strip, where.start)
         bottom.see(strip.neg_(), where.start)
         bar.update(len(strip))
