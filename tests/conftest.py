@@ -34,6 +34,18 @@ def ioi(smollm2: mk.Model) -> mk.Task:
     return mk.tasks.ioi(smollm2, n=64, seed=0)
 
 
+@pytest.fixture(scope="session")
+def gpt2() -> mk.Model:
+    """GPT-2 small from a model hub, for tests marked ``hub``."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info("openai-community/gpt2", timeout=5)
+    except Exception as error:  # whatever it is, no hub answers
+        pytest.skip(f"no model hub answers: {type(error).__name__}")
+    return mk.load("openai-community/gpt2", device="cpu")
+
+
 @pytest.fixture
 def hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test that loads models may need a network, and none may wait for one."""
