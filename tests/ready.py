@@ -15,6 +15,7 @@ from mechkit.tasks.colored_objects import BEGINNINGS, COLORS, OBJECTS, PLACES
 from mechkit.tasks.docstring import NAMES, WORDS
 from mechkit.tasks.gendered_pronoun import KINDS, MEN, PEOPLE, WOMEN
 from mechkit.tasks.greater_than import DECADES, NOUNS
+from mechkit.tasks.laundry_list import OBJECTS as BOUGHT
 
 # Options, and the spans at which twins differ; the second place of an induction swap has no span.
 CASES = [
@@ -30,6 +31,8 @@ CASES = [
     ("capitals_conflict", {"known": False, "corrupt": "city"}, "city"),
     ("capitals_conflict", {"known": False, "corrupt": "country"}, "X1 X2 X3"),
     ("induction", {"corrupt": "random"}, "B1"),
+    ("laundry_list", {}, "wrong_got"),
+    ("laundry_list", {"objects": 7, "index": -1}, "wrong_got"),
 ]
 each_case = pytest.mark.parametrize(("name", "options", "differ"), CASES)
 
@@ -40,9 +43,10 @@ def reader(digits: int):
 
     prose = (
         "The lasted from the year to So is a an really isn't Q On there you see I What color A: and she he capital of "
-        "city def self param"
+        "city def self param Today Mike has buy First he got Then went get"
     )
-    lists = [NOUNS, WOMEN, MEN, KINDS, PEOPLE, OBJECTS, COLORS, PLACES, NAMES, WORDS, CAPITALS, CAPITALS.values()]
+    lists = [NOUNS, WOMEN, MEN, KINDS, PEOPLE, OBJECTS, COLORS, PLACES, NAMES, WORDS, CAPITALS]
+    lists += [CAPITALS.values(), BOUGHT]
     known = {*re.findall("[A-Za-z]+", prose), *BEGINNINGS, *(color.title() for color in COLORS), *DECADES}
     known |= {word for found in lists for word in found} | {f"{number:02}" for number in range(100)}
     reader = words.tokenizer(sorted(known))

@@ -9,14 +9,16 @@ from collections import Counter
 import pytest
 import ready
 import torch
+import words
 from families import tiny
 
 import mechkit as mk
-from mechkit.errors import MetricError, PromptError, TaskError
+from mechkit.errors import MetricError, OptionError, PromptError, TaskError
 from mechkit.tasks import greater_than
 from mechkit.tasks.capitals_conflict import CAPITALS
 from mechkit.tasks.gendered_pronoun import MEN, WOMEN
 from mechkit.tasks.greater_than import NOUNS
+from mechkit.tasks.laundry_list import by_index
 
 # -- greater-than -----------------------------------------------------------------------------------------------------
 
@@ -241,3 +243,104 @@ def test_induction_that_does_not_fit():
         mk.tasks.induction(tiny("llama"), n=2, length=97)
     with pytest.raises(PromptError, match="at most 64"):
         mk.tasks.induction(tiny("llama"), n=2, length=60)
+
+
+# -- laundry lists ----------------------------------------------------------------------------------------------------
+
+
+def _listed(text: str) -> tuple[list[str], list[str]]:
+    """What is to be bought, and what he got."""
+    to_buy, got, end = re.fullmatch(
+        r"Today, Mike has to buy (.*)\. First, he got (.*)\. (Then he went to get the)", text
+    ).groups()
+    assert end
+    return tuple([thing.removeprefix("the ") for thing in re.split(r", and |, | and ", part)] for part in (to_buy, got))
+
+
+@pytest.mark.parametrize("corrupt", ["neighbor", "any"])
+@pytest.mark.parametrize("objects", [3, 6, (4, 10), range(3, 11)])
+def test_one_object_of_the_list_is_missing_and_another_in_the_twin(corrupt, objects):
+    task, model = ready.make("laundry_list", n=60, objects=objects, corrupt=corrupt), ready.model()
+    right, wrong = ([model.to_text(token).strip() for token in ids] for ids in (task.correct, task.wrong))
+    steps = []
+    for row, (text, twin) in enumerate(zip(*task._texts, strict=True)):
+        (listed, got), (twins_list, twin_got) = _listed(text), _listed(twin)
+        assert twins_list == listed
+        assert len(set(listed)) == len(listed)
+        assert got == [thing for thing in listed if thing != right[row]]  # in the order of the list
+        assert twin_got == [thing for thing in listed if thing != wrong[row]]
+        steps.append(abs(listed.index(right[row]) - listed.index(wrong[row])))
+        assert int((task.clean[row] != task.corrupt[row]).sum()) == steps[-1]
+    assert {len(_listed(text)[0]) for text in task.texts} == set([objects] if isinstance(objects, int) else objects)
+    assert set(steps) == {1} if corrupt == "neighbor" else {1, 2} <= set(steps)
+    assert ready.words_at(task, "missing") == right
+    assert ready.words_at(task, "wrong") == ready.words_at(task, "wrong_got") == wrong
+
+
+@pytest.mark.parametrize("objects", [3, (5, 8)])
+def test_spans_of_a_laundry_list_hold_all_its_objects(objects):
+    task, model = ready.make("laundry_list", n=30, objects=objects), ready.model()
+    for row, text in enumerate(task.texts):
+        for span, things in zip(("list", "got"), _listed(text), strict=True):
+            first, last = task.span(span)[row].tolist()
+            said = model.to_text(task.clean[row, first:last])
+            assert re.split(r", and the |, the | and the ", said.strip()) == things
+
+
+def test_every_length_and_index_as_often_and_lists_of_one_length_share_a_template():
+    task = ready.make("laundry_list", n=3 * 52, objects=range(3, 11))
+    places = []
+    for text in task.texts:
+        listed, got = _listed(text)
+        (missing,) = set(listed) - set(got)
+        places.append((len(listed), listed.index(missing)))
+    assert Counter(places) == {(length, at): 3 for length in range(3, 11) for at in range(length)}
+    groups = set(zip(task.templates.tolist(), (length for length, _ in places), strict=True))
+    assert len(groups) == len(task.templates.unique()) == 8
+    assert task.meta["objects"] == list(range(3, 11))
+
+
+@pytest.mark.parametrize(("index", "at"), [(0, 0), (2, 2), (-1, -1), (-3, -3)])
+def test_the_index_of_the_missing_object_can_be_chosen(index, at):
+    task = ready.make("laundry_list", n=20, objects=(3, 5), index=index)
+    for text in task.texts:
+        listed, got = _listed(text)
+        assert listed[at] not in got
+    assert task.meta["index"] == index
+
+
+def test_no_more_laundry_lists_than_the_words_allow():
+    """Of four objects that are single tokens there are 24 lists of three."""
+    model = mk.Model(ready.model().backend, words.tokenizer(["apple", "lamp", "rope", "soup"]))
+    with pytest.raises(OptionError, match="at most 24,"):
+        ready.make("laundry_list", model, n=25, index=1)
+    assert len(ready.make("laundry_list", model, n=72)) == 72
+    with pytest.raises(TaskError, match=r"4 of \d+ objects are single tokens .* at least 5"):
+        ready.make("laundry_list", model, n=2, objects=(3, 5))
+
+
+def test_accuracy_by_length_and_index():
+    model = ready.model()
+    task = ready.make("laundry_list", n=5 * 12, objects=(3, 4, 5))
+    table = by_index(model, task)
+    assert (list(table.index), list(table.columns)) == ([3, 4, 5], [0, 1, 2, 3, 4])
+    assert table.isna().to_numpy().tolist() == [[False] * k + [True] * (5 - k) for k in (3, 4, 5)]
+    for length in (3, 4, 5):
+        for at in range(length):
+            right = []
+            for row, text in enumerate(task.texts):
+                listed, got = _listed(text)
+                if len(listed) == length and listed[at] not in got:
+                    correct, wrong = model.run(text).logits[0, -1][task.answers[row]].tolist()
+                    right.append(correct > wrong)
+            assert table.loc[length, at] == pytest.approx(sum(right) / len(right))
+    assert 0 < table.stack().mean() < 1
+    halves = mk.Task.join([task[30:], task[:30]])
+    assert by_index(model, halves).equals(table)
+
+
+def test_accuracy_by_index_is_of_laundry_lists_only():
+    with pytest.raises(TaskError, match="is no laundry list"):
+        by_index(ready.model(), ready.make("gendered_pronoun", n=2))
+    with pytest.raises(TaskError, match="not made from text"):
+        by_index(ready.model(), ready.make("induction", n=2))

@@ -12,10 +12,10 @@ from families import tiny
 
 import mechkit as mk
 from mechkit.errors import MetricError, OptionError, PromptError, TaskError
-from mechkit.tasks import capitals_conflict, colored_objects, docstring, gendered_pronoun, greater_than
+from mechkit.tasks import capitals_conflict, colored_objects, docstring, gendered_pronoun, greater_than, laundry_list
 from mechkit.tasks.capitals_conflict import CAPITALS, QUESTION
 
-WORDED = [greater_than, gendered_pronoun, colored_objects, docstring, capitals_conflict]
+WORDED = [greater_than, gendered_pronoun, colored_objects, docstring, capitals_conflict, laundry_list]
 
 
 @ready.each_case
@@ -95,6 +95,13 @@ def test_a_number_of_prompts_is_needed(make, n):
         ("capitals_conflict", {"corrupt": "swap"}, '"roles", "city", "country"'),
         ("induction", {"corrupt": "roles"}, '"swap", "random"'),
         ("induction", {"length": 3}, "length = 3"),
+        ("laundry_list", {"corrupt": "swap"}, '"neighbor", "any"'),
+        *(
+            ("laundry_list", {"objects": objects}, re.escape(f"objects = {objects!r}") + ".*3 to 10")
+            for objects in (2, 11, 3.0, None, "five", (), [3, 11])
+        ),
+        *(("laundry_list", {"index": index}, f"index = {index}.*from -3 to 2 ") for index in (3, -4, 1.0, True)),
+        ("laundry_list", {"objects": (5, 4), "index": 4}, "index = 4.*list of 4"),
     ],
 )
 def test_options_are_checked(name, options, names):
@@ -151,6 +158,8 @@ def test_more_prompts_than_there_are():
         ("docstring", {"corrupt": "swap"}),
         ("induction", {}),
         ("capitals_conflict", {}),
+        ("laundry_list", {}),
+        ("laundry_list", {"objects": 4, "corrupt": "any"}),
     ],
 )
 def test_smollm2_can_do_it(smollm2, name, options):
