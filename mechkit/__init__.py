@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .weights.channels import ChannelEffects, channel_effects
     from .weights.composition import Composition, composition
     from .weights.edit_weights import WeightEdit, edit_weights
+    from .weights.head_card import HeadCard, head_card
     from .weights.head_weights import HeadWeights
     from .weights.subspace import Subspace
     from .weights.suppression import CopySuppression, copy_suppression
@@ -90,6 +91,8 @@ _HOMES = {
     "Subspace": "weights.subspace",
     "HeadSVD": "weights.svd",
     "svd": "weights.svd",
+    "HeadCard": "weights.head_card",
+    "head_card": "weights.head_card",
     "CopySuppression": "weights.suppression",
     "copy_suppression": "weights.suppression",
     "TokenCircuits": "weights.token_circuits",
@@ -112,6 +115,7 @@ __all__ = [
     "EdgeScores",
     "Evaluation",
     "Graph",
+    "HeadCard",
     "HeadSVD",
     "HeadSet",
     "HeadWeights",
@@ -139,6 +143,7 @@ __all__ = [
     "edge",
     "edges",
     "edit_weights",
+    "head_card",
     "heads",
     "load",
     "metrics",

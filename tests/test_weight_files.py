@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from families import FAMILIES, plain, tiny
@@ -128,3 +130,15 @@ def test_what_is_no_such_file_is_named(tmp_path):
     text.write_text("not a tensor in sight")
     with pytest.raises(LoadError, match="could not be read"):
         HeadWeights.load(text, 4)
+
+
+@pytest.mark.parametrize("family", ["gemma", "cohere", "granite"])
+def test_a_config_beside_a_file_tells_of_families_that_files_do_not(family, tmp_path):
+    written(tmp_path, state(family))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(UnsupportedError, match=family):
+        HeadWeights.load(tmp_path, 4)
+    assert_same(
+        HeadWeights.load(tmp_path, 4, fold_norm=False, centre=False),
+        HeadWeights.of(tiny(family), fold_norm=False, centre=False),
+    )

@@ -128,8 +128,9 @@ def attention_pattern(pattern: np.ndarray, tokens: Sequence[str], title: str) ->
 
 
 def visible(token: str) -> str:
-    """A token as it can be read on an axis: spaces and line ends shown, dollars harmless."""
+    """A token as it can be read on an axis: spaces and line ends shown, what has no glyph a box, dollars harmless."""
     shown = token.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$")
+    shown = "".join(one if one.isprintable() else "□" for one in shown)
     return shown.strip() or "␣" * max(1, len(shown))
 
 

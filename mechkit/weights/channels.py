@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..edits import Edit, Transform, transform
 from ..errors import MetricError, OptionError
+from ..patching.edited import EditedRuns
 from ..prompts import check_task
 from ..results import Table, provenance
 from ..sites import Site
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from ..model import Model
     from ..tasks.task import Task
     from .svd import HeadSVD
-
-_AT_ONCE = 64  # prompts
 
 
 def scaled(svd: HeadSVD, components: Sequence[int], alpha: float) -> Transform:
@@ -164,8 +163,9 @@ def channel_effects(
     takes: list[list[Edit]] = [[scaled(svd[head], some, 0.0) for head, some in chosen.items()]]
     for _ in range(n_random):
         takes.append([transform([_site(svd[head])], _random(svd[head], some, draw)) for head, some in chosen.items()])
-    clean, corrupt = (measured(model, task, tokens) for tokens in (task.clean, task.corrupt))
-    gap = float((corrupt - clean).mean())
+    runs = EditedRuns(model, task)
+    clean = runs.clean
+    gap = float((runs.corrupt - clean).mean())
     if abs(gap) < 1e-6:
         raise MetricError(
             f'{task.metric.name} is {float(clean.mean()):.4g} on clean and corrupt prompts of "{task.name}" alike',
@@ -175,7 +175,7 @@ def channel_effects(
     told = " ".join("+".join(map(str, some)) for some in chosen.values())
     rows = []
     for number, edits in enumerate(tqdm(takes, desc="channels", disable=not progress)):
-        values = measured(model, task, task.clean, edits)
+        values = runs.metric(edits)
         effects = ((values - clean) / gap).double().numpy()
         rows.append(
             {
@@ -192,15 +192,3 @@ def channel_effects(
         model, task, "channel_effects", time.perf_counter() - started, matrix=svd.matrix, n_random=n_random, seed=seed
     )
     return ChannelEffects(pd.DataFrame(rows), "fraction of the metric gap", meta)
-
-
-def measured(model: Model, task: Task, tokens: Tensor, edits: Sequence[Edit] = ()) -> Tensor:
-    """The metric of each prompt ``[n]``, under edits."""
-    found = []
-    for some in torch.arange(len(task)).split(_AT_ONCE):
-        part = task[some]
-        columns = part.answers if task.metric.reads == "answers" else None
-        logits = model.read(tokens[some], part.answer_positions, columns, edits)
-        own = model.read(part.clean, part.answer_positions, None) if task.metric.reads == "clean" else None
-        found.append(task.metric(logits, part, own).cpu())
-    return torch.cat(found)

@@ -7,11 +7,14 @@ Two layouts of names are known, whatever stands before the layer number:
 
 The norm in front of attention is ``ln_1``, ``input_layernorm`` or ``self_attn_layer_norm``; with a bias it is a
 LayerNorm, without one an RMSNorm whose weights are gains. A file does not say more than that: of families with a norm
-behind attention, with norms of queries and keys, or whose gains are kept less one (Gemma), load the model.
+behind attention, with norms of queries and keys, whose gains are kept less one (Gemma), whose LayerNorm has no bias
+(Cohere) or whose writes are multiplied (Granite), load the model. These are refused where names tell, or a
+``config.json`` beside the file.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ _WANTED = "c_attn c_proj q_proj k_proj v_proj o_proj out_proj dense ln_1 input_l
 _OUT = ("c_proj", "o_proj", "out_proj", "dense")
 _NORMS = ("ln_1", "input_layernorm", "self_attn_layer_norm")
 _NOT_TOLD = ("pre_feedforward_layernorm", "q_norm", "k_norm")
+_NOT_TOLD_FAMILIES = ("gemma", "cohere", "granite")  # as the model types of config.json begin
 
 
 def from_file(path: Path, n_heads: int | None, fold_norm: bool, centre: bool | None) -> HeadWeights:
@@ -48,7 +52,7 @@ def from_file(path: Path, n_heads: int | None, fold_norm: bool, centre: bool | N
     matrices = {kind: torch.stack([one[kind] for one in read]) for kind in "qkvo"}
     named = {kind: [one[f"b_{kind}"] for one in read if f"b_{kind}" in one] for kind in "qkv"}
     biases = {kind: torch.stack(found) for kind, found in named.items() if len(found) == len(read)}
-    if fold_norm and (odd := next((name for name in _NOT_TOLD if any(name in layers[n] for n in layers)), None)):
+    if fold_norm and (odd := _not_told(path, layers)):
         raise UnsupportedError(
             f"Norms of {path.name}, which has {odd}", fix="Load the model with mk.load(folder), or pass fold_norm=False"
         )
@@ -59,6 +63,18 @@ def from_file(path: Path, n_heads: int | None, fold_norm: bool, centre: bool | N
     none = [Affine(False)] * len(norms)
     made = made_of(path.stem, matrices, biases, norms, none, 1.0, unseen, fold_norm, centre)
     return HeadWeights(**made, meta={"model": path.stem, "path": str(path), **made_how(made)})
+
+
+def _not_told(path: Path, layers: dict[int, dict[str, dict[str, Tensor]]]) -> str | None:
+    """What is there that shows that the file does not tell how its norms are folded; None: nothing."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        family = str(json.loads(config.read_text()).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        family = ""
+    if family.startswith(_NOT_TOLD_FAMILIES):
+        return f"model_type {family!r}"
+    return next((name for name in _NOT_TOLD if any(name in parts for parts in layers.values())), None)
 
 
 def _layers(path: Path) -> dict[int, dict[str, dict[str, Tensor]]]:

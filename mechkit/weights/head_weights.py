@@ -50,6 +50,7 @@ class HeadWeights:
         mean_unseen: every norm of the model takes the mean off.
         model: where they are from; None: a file.
         meta: for provenance.
+        turns: rotations that were read off the model, by offsets; see ``weights.rotation``.
     """
 
     name: str
@@ -63,6 +64,7 @@ class HeadWeights:
     mean_unseen: bool = False
     model: Model | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    turns: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(

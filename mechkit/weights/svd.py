@@ -286,12 +286,14 @@ def turns_of(weights: HeadWeights, heads: HeadSet, offset: int | Sequence[int]) 
     Raises:
         OptionError: an offset of weights from a file, which do not tell how queries and keys are rotated.
     """
-    offsets = [offset] if isinstance(offset, int) else list(offset)
+    offsets = (offset,) if isinstance(offset, int) else tuple(offset)
     if weights.model is None:
-        if offsets != [0]:
+        if offsets != (0,):
             raise OptionError(f"offset = {offset!r} of weights from a file", expected="a model, which rotates")
         return None
-    found = rotations(weights.model, offsets).to(weights.W_Q)
+    if offsets not in weights.turns:
+        weights.turns[offsets] = rotations(weights.model, offsets).to(weights.W_Q)
+    found = weights.turns[offsets]
     return found[torch.tensor([one.layer for one in heads]), torch.tensor([one.head for one in heads])]
 
 
