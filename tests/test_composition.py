@@ -237,3 +237,14 @@ def test_bad_input_is_named(options, kind, names):
 def test_pairs_and_components_that_are_not_there_are_named(call, kind, names):
     with pytest.raises(kind, match=names):
         call(mk.composition(drawn()))
+
+
+def test_a_head_that_writes_nothing_composes_with_nothing():
+    weights = drawn()
+    weights.W_O[0, 1] = 0
+    found = mk.composition(weights)
+    rows = found.frame.loc[found.frame["sender"] == "0.1"]
+    assert (rows.loc[rows["component"].isna(), "score"] == 0).all()
+    assert rows["z"].isna().all()
+    assert "0.1" not in set(found.pairs()["sender"].astype(str))
+    assert not found.outliers(z=-1e9).query("sender == '0.1'").size

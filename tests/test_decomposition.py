@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from families import FAMILIES, VOCAB, plain
+from families import FAMILIES, VOCAB, plain, tiny, tiny_task
 from reference.contextual import Setting, contextual
 from torch import nn
 
 import mechkit as mk
+from mechkit import errors
 from mechkit.backends.protocol import Read
 from mechkit.decomposition.split import Rules, Split
 from mechkit.decomposition.split_pass import Source, key_of, split_pass
@@ -280,3 +282,34 @@ def test_parts_that_grow_past_all_bounds_are_refused():
         _check_size(Split(torch.ones(2, 2), torch.full((1, 2, 2), 1e9), Rules()))
     with pytest.raises(mk.errors.UnsupportedError):
         _check_size(Split(torch.ones(2, 2), torch.full((1, 2, 2), torch.nan), Rules()))
+
+
+@pytest.mark.parametrize("sites", ["heads", "heads mlps"])
+def test_the_search_is_its_steps(sites):
+    """Found in one sweep, step by step what decomposing each step's targets gives."""
+    model, task = tiny("llama"), tiny_task()
+    circuit = mk.discover(model, task, "cd-t", sites=sites, size=7, min_share=0.0, prune=False, progress=False)
+    first = mk.decompose(model, task, sites, "logits", progress=False).frame
+    relevance = first.set_index("site")["score"].abs()
+    found: list[str] = []
+    while len(found) < 7:
+        new = [one for one in relevance.sort_values(ascending=False).index if relevance[one] > 0 and one not in found][
+            :2
+        ]
+        found += new[: 7 - len(found)]
+        targets = []
+        for one in map(mk.site, new):
+            slots = [one] if one.kind == "mlp" else model.graph().slots(one)
+            targets += [slot for slot in slots if slot.layer > 0 or slot.kind == "mlp"]
+        if not targets:
+            break
+        rows = mk.decompose(model, task, sites, targets, relevance="size", progress=False).frame
+        sums = rows.groupby("site")["score"].sum()
+        layers = pd.Series({one: mk.site(one).layer for one in sums.index})
+        relevance = sums / sums.groupby(layers).transform("sum").clip(lower=1e-12)
+    assert [str(one) for one in circuit.nodes] == found
+
+
+def test_a_target_after_no_source_is_named():
+    with pytest.raises(errors.SiteError, match=r"0\.0\.q"):
+        mk.decompose(tiny("llama"), tiny_task(), "heads", "0.0.q 2.1.q", progress=False)

@@ -216,3 +216,16 @@ def test_a_model_that_runs_elsewhere_is_refused():
     elsewhere = mk.Model(SimpleNamespace(info=tiny("gpt2").info))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="runs elsewhere"):
         mk.edit_weights(elsewhere, mk.scale("0.0", 0.5))
+
+
+def test_undo_out_of_order_is_refused():
+    model = tiny("llama")
+    first = mk.edit_weights(model, mk.scale("1.2", 0.5))
+    second = mk.edit_weights(model, mk.scale("1.2", 0.5))
+    with pytest.raises(EditError, match="changed again"):
+        first.undo()
+    second.undo()
+    first.undo()
+    first.undo()  # a second time does nothing
+    with pytest.raises(EditError, match="No edits"):
+        mk.edit_weights(model, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, VOCAB, tiny
+from families import FAMILIES, VOCAB, plain, tiny
 from reference.token_circuits import ov_circuit, qk_circuit
 
 import mechkit as mk
@@ -173,6 +173,32 @@ def test_distance_turns_the_query():
     assert (here != there).any()
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_saved_and_loaded_is_the_same(suffix, tmp_path):
+    found = mk.token_circuits(tiny("llama"), "1.2", pairs=3, progress=False)
+    again = mk.TokenCircuits.load(found.save(tmp_path / f"circuits{suffix}"))
+    assert again.summary == pytest.approx(found.summary, rel=1e-5)
+    assert again.pairs.astype(str).equals(found.pairs.astype(str))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_half_precision(family, dtype):
+    """Of half-precision weights, what full precision makes of the same."""
+    half = mk.load((plain(family, dtype=dtype), None), device="cpu")
+    full = mk.load((plain(family, dtype=dtype).float(), None), device="cpu")
+    own, same = (mk.token_circuits(one, "1.2", progress=False) for one in (half, full))
+    assert np.corrcoef(own.frame["score"], same.frame["score"])[0, 1] > 0.99
+    assert own.eigenvalues == pytest.approx(same.eigenvalues, abs=0.05)
+    assert torch.allclose(mk.svd(half, "1.2").S, mk.svd(full, "1.2").S, rtol=1e-4)
+    first, second = (mk.svd(one, "1.2", "qk", offset=2).S for one in (half, full))
+    assert torch.allclose(first, second, rtol=0.05, atol=0.02 * float(second[0]))
+    edit, tokens = mk.svd(half, "1.2").remove(0), torch.arange(1, 7)[None]
+    with mk.edit_weights(half, edit):
+        in_weights = half.run(tokens).logits.float()
+    assert torch.allclose(half.run(tokens, edits=[edit]).logits.float(), in_weights, atol=0.15)
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "told"),
     [
@@ -250,13 +276,21 @@ def test_similar_tokens_stand_for_a_token():
     assert not np.allclose(one.frame["score"], three.frame["score"], atol=1e-6)
 
 
+def _all_but_first(n):
+    kept = torch.ones(n, n, dtype=torch.bool)
+    kept[:, 0] = False
+    return kept
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_kept_is_the_model(family, monkeypatch):
     """With all of every source kept nothing changes, whatever the family: the run is put together rightly."""
     from mechkit.weights import suppression
 
-    def all_of_it(self, tokens, written, kept):
-        return torch.where(kept[..., None], written, 0.0).sum(1)
+    def all_of_it(self, tokens, given, out, kept):
+        return given[:, 1:].sum(1) @ out  # the first position is kept apart
+
+    monkeypatch.setattr(suppression._Work, "_predicted", lambda self, tokens, stream: _all_but_first(len(tokens)))
 
     monkeypatch.setattr(suppression._Work, "_suppressed", all_of_it)
     draw = torch.Generator().manual_seed(1)
@@ -270,6 +304,8 @@ def test_everything_kept_is_the_model(family, monkeypatch):
     ("how", "kind", "told"),
     [
         ({"prompts": torch.ones(1, 5, dtype=torch.long)}, errors.PromptError, "at least two"),
+        ({"prompts": torch.ones(2, 5, dtype=torch.long)}, errors.MetricError, "takes nothing"),
+        ({"prompts": torch.ones(2, 1, dtype=torch.long)}, errors.MetricError, "at least two tokens"),
         ({"fraction": 0.0}, errors.OptionError, "fraction"),
         ({"similar": 0}, errors.OptionError, "similar"),
         ({"head": "7.0"}, errors.SiteError, "7"),

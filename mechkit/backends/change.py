@@ -102,8 +102,9 @@ def _new(edit: Edit, site: Site, old: Tensor, found: Tensor | None, growing: boo
                 raise EditError(
                     f'transform of "{site}" by a matrix of width {len(matrix)}', expected=f"width {old.shape[-1]}"
                 )
-            new = old @ matrix.to(old)
-            return new if shift is None else new + shift.to(old)
+            exact = torch.promote_types(old.dtype, torch.float32)  # what is nearly the identity stays so
+            new = old.to(exact) @ matrix.to(old.device, exact)
+            return (new if shift is None else new + shift.to(new)).to(old.dtype)
     raise EditError(f"{type(edit).__name__} with mode {getattr(edit, 'mode', None)!r} has not been given its values")
 
 

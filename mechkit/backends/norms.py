@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
@@ -100,7 +101,8 @@ class Norm:
             for offset in (0.0, 1.0):  # Gemma's weights are kept less 1
                 centre, gain = self._parts(x, centred, offset)
                 value = centre * gain if self.bias is None else centre * gain + self.bias
-                if float((value - out).abs().max()) <= _OFF * max(1.0, float(out.abs().max())):
+                off = max(_OFF, 4 * torch.finfo(out.dtype).eps)
+                if float((value - out).abs().max()) <= off * max(1.0, float(out.abs().max())):
                     return centred, offset
         raise self._refuse(f"a {type(self.module).__name__} that is no LayerNorm and no RMSNorm")
 

@@ -24,7 +24,7 @@ import pandas as pd
 
 from ..errors import OptionError, SiteError
 from ..patching.cells import Place, PositionsLike, read_patchable, read_places
-from ..patching.effects import whole
+from ..patching.effects import or_interrupted
 from ..prompts import check_task
 from ..results import Scores, provenance
 from ..sites import Site, SitesLike
@@ -131,7 +131,7 @@ def decompose(
     )
     unit = task.metric.name if work.targets[0].kind == "logits" else "share of the target"
     scores = Scores(pd.concat(frames, ignore_index=True), unit, meta)
-    return whole(scores, found.done, "parts", checkpoint is not None)
+    return or_interrupted(scores, found.done, "parts", checkpoint is not None)
 
 
 def read_work(
@@ -178,7 +178,7 @@ def table(work: Work, found: Found, aim: Site, with_position: bool, relevance: s
     chosen = values[..., 0 if of_logits or relevance == "signed" else 1]
     n, rows = done.sum(1), []
     for i, (some, where) in enumerate(zip(work.sources, work.where, strict=True)):
-        if not n[i] or not any(_arrives(one, aim) for one in some):
+        if not n[i] or not any(arrives(one, aim) for one in some):
             continue
         name, single = "+".join(map(str, some)), some[0] if len(some) == 1 else None
         mean = np.nanmean(values[i], 0)
@@ -197,12 +197,12 @@ def table(work: Work, found: Found, aim: Site, with_position: bool, relevance: s
                 "n": n[i],
             }
         )
-    frame = pd.DataFrame(rows)
-    frame["head"] = frame["head"].astype("Int64")
-    return frame
+    columns = ["sender", "receiver", "site", "layer", "head", "kind", *(["position"] if with_position else [])]
+    columns += ["score", *([] if of_logits else ["signed", "size"]), "se", "n"]
+    return pd.DataFrame(rows, columns=columns).astype({"head": "Int64"})
 
 
-def _arrives(source: Site, target: Site) -> bool:
+def arrives(source: Site, target: Site) -> bool:
     """Whether a source is there before a target is read."""
     if target.kind == "logits":
         return True
@@ -238,11 +238,13 @@ def _sources(model: Model, wanted: Any, together: bool, targets: Sequence[Site])
         if one.kind not in _SOURCES:
             raise SiteError(f'"{one}" as a source', expected='heads such as "9.9", MLPs such as "m9", or "embed"')
     words = isinstance(wanted, str) and {*wanted.replace(",", " ").split()} <= {"heads", "mlps", "embed"}
-    reaching = [some for some in sets if any(_arrives(one, target) for one in some for target in targets)]
+    reaching = [some for some in sets if any(arrives(one, target) for one in some for target in targets)]
     if not reaching or (len(reaching) < len(sets) and not words):
         late = next(some for some in sets if some not in reaching)
         raise SiteError(
             f'The source "{"+".join(map(str, late))}" comes before none of the targets',
             expected=f"a part before {' '.join(map(str, targets))}",
         )
+    if unreached := [t for t in targets if not any(arrives(one, t) for some in reaching for one in some)]:
+        raise SiteError(f'The target "{unreached[0]}" comes after none of the sources', expected="a later target")
     return sorted(reaching, key=begins)

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import OptionError
-from ..patching.effects import whole
+from ..patching.effects import or_interrupted
 from ..results import Scores, provenance
 from ..sites import Site, site
-from .cdt import read_work, table, told
+from .cdt import arrives, read_work, table, told
 from .runs import run
 
 if TYPE_CHECKING:
@@ -70,9 +70,11 @@ def by_nodes(
     found = run(work, checkpoint, progress)
     first = table(work, found, work.targets[0], False, "signed")
     meta = provenance(model, task, "discover: cd-t", time.perf_counter() - started, **told(work))
-    whole(Scores(first, task.metric.name, meta), found.done, "parts", checkpoint is not None)
+    or_interrupted(Scores(first, task.metric.name, meta), found.done, "parts", checkpoint is not None)
     parts = [site(one) for one in first["site"]]
-    shares = dict(zip(work.targets, found.values[..., 1].double().mean(1).T.numpy(), strict=True))  # each [parts]
+    before = np.array([[arrives(part, target) for part in parts] for target in work.targets])
+    shares = found.values[..., 1].double().mean(1).T.numpy() * before  # [targets, parts]: an MLP is no part of itself
+    share = dict(zip(work.targets, shares, strict=True))
     layers = np.array([one.layer for one in parts])
     relevance, scores, chosen = first["score"].to_numpy(), np.zeros(len(parts)), list[int]()
     while len(chosen) < size:
@@ -88,7 +90,7 @@ def by_nodes(
         targets = [one for i in new for one in read[parts[i]]]
         if not targets:
             break
-        arrived = np.sum([shares[one] for one in dict.fromkeys(targets)], 0)
+        arrived = np.sum([share[one] for one in dict.fromkeys(targets)], 0)
         relevance = arrived / np.bincount(layers, arrived)[layers].clip(min=1e-12)
     frame = first.drop(columns=["sender", "receiver"]).assign(score=scores, se=np.nan)
     return [parts[i] for i in chosen], Scores(frame, "relevance, of the largest in its step", meta)

@@ -50,7 +50,6 @@ class EditedRuns:
             prompts = (task.lengths == length).nonzero()[:, 0]
             for some in prompts.split(max(1, backend.base_tokens() // length)):
                 self._groups.append((some, backend.start(task.clean[some, :length], 0)))
-        self._own: list[Tensor | None] = [None] * len(self._groups)
         ends = [base.ends(self._read(some)) for some, base in self._groups]
         self._own = [logits if task.metric.reads == "clean" else None for logits in ends]
         self.clean = self._metric(ends)

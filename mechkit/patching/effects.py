@@ -81,10 +81,10 @@ def finished(
     ends = {"base_metric": float(done.base.mean()), "source_metric": float(done.source.mean())}
     meta = provenance(model, task, method, time.perf_counter() - started, **options, **ends)
     scores = Scores(pd.concat(tables, ignore_index=True), "fraction of the metric gap", meta)
-    return whole(scores, done.done, "patches", kept)
+    return or_interrupted(scores, done.done, "patches", kept)
 
 
-def whole(scores: Scores, done: Tensor, things: str, kept: bool) -> Scores:
+def or_interrupted(scores: Scores, done: Tensor, things: str, kept: bool) -> Scores:
     """The scores, where all of them were measured.
 
     Args:

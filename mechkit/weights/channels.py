@@ -4,7 +4,9 @@
    ``P_i = W_O v_i^T v_i W_O^+``, so that ``z P_i W_O`` is what z writes along v_i and nothing else. Taking component i
    out is ``z (I - P_i)``, which is W_OV without ``s_i u_i v_i^T``.
 2. Of QK: the query reads the stream along u_i, in the space of W_Q: ``P_i = W_Q^+ u_i u_i^T W_Q`` acts on q in the same
-   way, and ``q (I - P_i)`` is W_QK without component i, at any distance where queries and keys are rotated.
+   way, and ``q (I - P_i)`` is W_QK without component i. Where queries and keys are rotated, that is so at the distance
+   that the SVD is of; at others it is still the query that reads nothing along u_i. Norms of queries (Qwen 3, Gemma 3,
+   OLMo 2) then scale up what is left of it.
 3. Both are linear in z and q, biases included, so that the same change can be made to W_O and W_Q (``edit_weights``).
 4. The control is a change of the head by a random matrix of the rank and the singular values that were taken out:
    ``W_OV - s_i a b^T``, a and b drawn evenly from the spaces of u and v; of several components, the sum of such, with
@@ -155,7 +157,13 @@ def channel_effects(
         raise OptionError(f"n_random = {n_random!r}", expected="a whole number from 1")
     if svd.weights is None or svd.weights.model is None:
         raise OptionError("An SVD of weights from a file", expected="one of a model: mk.svd(model, ...)")
-    given = components if isinstance(components, Mapping) else {str(one): components for one in svd.heads}
+    if svd.meta.get("weights") != model.weights_hash:
+        raise OptionError(f"An SVD of other weights than those of {model.name}", expected="mk.svd(model, ...)")
+    given = (
+        {str(one): some for one, some in components.items()}
+        if isinstance(components, Mapping)
+        else {str(one): components for one in svd.heads}
+    )
     if not given:
         raise OptionError("Components of no head", expected='by head, such as {"9.9": [0]}')
     chosen = {head: svd[head].components_at(some) for head, some in given.items()}

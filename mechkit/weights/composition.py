@@ -8,7 +8,7 @@
    With ``|W_OV M|^2 = sum_i s_i^2 |v_i^T M|^2`` the whole matrices come with it.
 4. Beside it stands what unrelated directions give: for a direction drawn evenly from the sphere, the square has mean
    ``1 / d`` and variance ``2 (t - 1/d) / (d (d + 2))`` with ``t = |M M^T|^2 / |M|^4``; for a matrix turned at random,
-   ``2 (t_1 - 1/d) (t_2 - 1/d) d^2 / (d^2 (d - 1) (d + 2))``. z is the square's distance from its mean in standard
+   ``2 (t_1 - 1/d) (t_2 - 1/d) / ((d - 1) (d + 2))``. z is the square's distance from its mean in standard
    deviations. These are exact, nothing is sampled. d is ``d_model``, less 1 where writes and reads have no mean.
 
 Elhage et al. 2021 for whole matrices; Merullo et al. 2024 (arXiv 2406.09519), section 3.2, for components.
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 KINDS = ("q", "k", "v")
+_NOTHING = 1e-30
 _NUMBERS = 1 << 24  # that a product of senders and receivers puts out at once
 
 
@@ -48,7 +49,7 @@ class Composition(Table):
     Attributes:
         frame: a row a pair, and one a component of the sender: ``sender``, ``receiver``, ``kind``, ``component`` (from
             0; missing: the whole matrix), ``score``, ``baseline`` (the root of the mean square of unrelated
-            directions), ``z``.
+            directions), ``z`` (missing: a component of size 0).
         unit: of ``score``.
         meta: model, weights, kind, offset, options.
         weights: where they are from; None once saved and loaded.
@@ -90,6 +91,7 @@ class Composition(Table):
         parts = frame.loc[frame["component"].notna()]
         if parts.empty:
             return wholes.reset_index(drop=True)
+        parts = parts.dropna(subset=["z"])
         top = parts.loc[parts.groupby(keys, observed=True)["z"].idxmax()]
         top = top.rename(columns={"component": "top_component", "score": "top_score", "z": "top_z"})
         return wholes.merge(top[[*keys, "top_component", "top_score", "top_z"]], on=keys).reset_index(drop=True)
@@ -207,7 +209,7 @@ def _readers(weights: HeadWeights, heads: HeadSet, kind: str, offset: int | Sequ
 
 def _shares(
     froms: HeadSet, tos: HeadSet, right: Tensor, reads: Tensor, squared: Tensor
-) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+) -> Iterator[tuple[tuple[Tensor, slice], Tensor]]:
     """``|v_i^T M|^2 / |M|^2`` ``[senders, components, receivers]`` of some senders and the receivers after them."""
     layers = torch.tensor([one.layer for one in tos])
     norms = squared.sum(-1)
@@ -224,7 +226,7 @@ def _shares(
         for some in torch.tensor(members).split(step):
             products = right[some].flatten(0, 1) @ after
             squares = products.view(len(some), r, len(layers) - first, -1).square().sum(-1)
-            yield (some, slice(first, len(layers))), squares / norms[first:]  # type: ignore[misc]
+            yield (some, slice(first, len(layers))), squares / norms[first:].clamp_min(_NOTHING)
 
 
 def _rows(
@@ -241,17 +243,20 @@ def _rows(
     some, after = where
     n, r, m = shares.shape
     own = values[some].square().double()
-    own = own / own.sum(-1, keepdim=True)  # [n, r]
+    there = values[some] > 1e-6 * values[some, :1].clamp_min(_NOTHING)  # others are no directions of the head [n, r]
+    own = own / own.sum(-1, keepdim=True).clamp_min(_NOTHING)  # [n, r]
     reads = squared[after].double()
-    spread = (reads.square().sum(-1) / reads.sum(-1).square() - 1 / d).clamp_min(0)  # t - 1/d of each receiver [m]
+    reads = reads / reads.sum(-1, keepdim=True).clamp_min(_NOTHING)
+    spread = (reads.square().sum(-1) - 1 / d).clamp_min(0)  # t - 1/d of each receiver [m]
     mine = (own.square().sum(-1) - 1 / d).clamp_min(0)  # the same of each sender [n]
     shares = shares.double()
     whole = (own[:, :, None] * shares).sum(1, keepdim=True)  # [n, 1, m]
     deviation = (2 * mine[:, None, None] * spread / ((d - 1) * (d + 2))).sqrt()
-    z = (whole - 1 / d) / deviation.clamp_min(1e-12)
+    z = ((whole - 1 / d) / deviation.clamp_min(1e-12)).masked_fill(~there[:, :1, None], torch.nan)
     number = torch.full((1,), -1)
     if components:
         by_component = (2 * spread / (d * (d + 2))).sqrt().clamp_min(1e-12)
+        shares = shares.masked_fill(~there[..., None], torch.nan)
         z = torch.cat([z, (shares - 1 / d) / by_component], 1)
         whole = torch.cat([whole, shares], 1)
         number = torch.arange(-1, r)

@@ -41,7 +41,7 @@ class WeightEdit:
 
     model: Model
     frame: pd.DataFrame
-    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)  # where, was, written
 
     @property
     def norm(self) -> float:
@@ -50,9 +50,20 @@ class WeightEdit:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back what was there; once is enough. Edits made later must be undone first."""
+        """Put back what was there; a second time does nothing.
+
+        Raises:
+            EditError: the weights were changed again since. What changed them must be undone first.
+        """
+        for where, _, written in self._kept:
+            if not torch.equal(where, written):
+                raise EditError("undo of weights that were changed again since", fix="Undo the later edit first")
+        self._put_back()
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
         while self._kept:
-            where, was = self._kept.pop()
+            where, was, _ = self._kept.pop()
             where.copy_(was)
         _changed(self.model)
 
@@ -87,6 +98,8 @@ def edit_weights(model: Model, edits: Edit | Sequence[Edit]) -> WeightEdit:
     if not isinstance(backend, LensBackend):
         raise UnsupportedError(f"Weights of {model.name}, which runs elsewhere", expected="a local model")
     several = [edits] if isinstance(edits, Edit) else list(edits)
+    if not several:
+        raise EditError("No edits of weights", expected="at least one")
     steps = _merged([step for edit in several for step in _steps(edit, backend)], backend)
     done = WeightEdit(model, pd.DataFrame())
     rows = []
@@ -94,7 +107,7 @@ def edit_weights(model: Model, edits: Edit | Sequence[Edit]) -> WeightEdit:
         for site, matrix, shift in steps:
             for where, new, name in _written(backend, site, matrix, shift):
                 was = where.clone()
-                done._kept.append((where, was))
+                done._kept.append((where, was, new))
                 where.copy_(new)
                 change = (where - was).float()
                 rows.append(
@@ -107,7 +120,7 @@ def edit_weights(model: Model, edits: Edit | Sequence[Edit]) -> WeightEdit:
                 )
             _check(backend, done)
     except BaseException:
-        done.undo()
+        done._put_back()
         raise
     done.frame = pd.DataFrame(rows)
     _changed(model)
@@ -180,7 +193,7 @@ def _written(
 def _check(backend: LensBackend, done: WeightEdit) -> None:
     """Whether what was written is in the model's own parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in backend.hf.parameters()}
-    if any(where.untyped_storage().data_ptr() not in own for where, _ in done._kept):
+    if any(where.untyped_storage().data_ptr() not in own for where, *_ in done._kept):
         raise UnsupportedError(
             f"The matrices of {backend.info.name} ({backend.info.family}) cannot be written to",
             fix="Use the same edits while it runs: model.run(..., edits=[...])",

@@ -29,9 +29,17 @@ from .head_weights import Affine, HeadWeights, made_how, made_of
 _PART = re.compile(r"(?:^|\.)(\d+)\.(?:(?:attn|self_attn|attention)\.)?(?:attention\.)?(\w+)\.(weight|bias)$")
 _WANTED = "c_attn c_proj q_proj k_proj v_proj o_proj out_proj dense ln_1 input_layernorm self_attn_layer_norm".split()
 _OUT = ("c_proj", "o_proj", "out_proj", "dense")
+_EXACT = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NORMS = ("ln_1", "input_layernorm", "self_attn_layer_norm")
-_NOT_TOLD = ("pre_feedforward_layernorm", "q_norm", "k_norm")
-_NOT_TOLD_FAMILIES = ("gemma", "cohere", "granite")  # as the model types of config.json begin
+_NOT_TOLD = ("pre_feedforward_layernorm", "post_self_attn_layernorm", "q_norm", "k_norm")
+_NOT_TOLD_FAMILIES = (
+    "gemma",
+    "cohere",
+    "granite",
+    "nemotron",
+    "glm",
+    "minicpm",
+)  # as the model types of config.json begin
 
 
 def from_file(path: Path, n_heads: int | None, fold_norm: bool, centre: bool | None) -> HeadWeights:
@@ -49,6 +57,8 @@ def from_file(path: Path, n_heads: int | None, fold_norm: bool, centre: bool | N
     if sizes != list(range(len(sizes))):
         raise LoadError(f"{path.name} has layers {sizes}", expected="every layer from 0")
     read = [_matrices(path, layers[layer], n_heads) for layer in sizes]
+    if len({tuple(tuple(one[kind].shape) for kind in "qkvo") for one in read}) > 1:
+        raise LoadError(f"{path.name} has layers of different shapes", expected="every layer as the others")
     matrices = {kind: torch.stack([one[kind] for one in read]) for kind in "qkvo"}
     named = {kind: [one[f"b_{kind}"] for one in read if f"b_{kind}" in one] for kind in "qkv"}
     biases = {kind: torch.stack(found) for kind, found in named.items() if len(found) == len(read)}
@@ -83,16 +93,28 @@ def _layers(path: Path) -> dict[int, dict[str, dict[str, Tensor]]]:
     if not files or not all(file.is_file() for file in files):
         raise LoadError(f"There is no file {path}", expected="a .safetensors file, or a folder of some")
     found: dict[int, dict[str, dict[str, Tensor]]] = {}
+    towers: set[str] = set()
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118, it is no mapping
                     match = _PART.search(name)
-                    if match and match[2] in (*_WANTED, *_NOT_TOLD) and ".mlp." not in name:
-                        tensor = opened.get_tensor(name).float()
-                        found.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor
+                    if not match or match[2] not in (*_WANTED, *_NOT_TOLD) or ".mlp." in name:
+                        continue
+                    tensor = opened.get_tensor(name)
+                    if tensor.dtype not in _EXACT:
+                        raise LoadError(
+                            f"{name} of {file.name} is {tensor.dtype}", expected="float32 or half precision"
+                        )
+                    towers.add(name[: match.start(1)])
+                    found.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor.float()
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{file} could not be read: {first_line(error)}", expected="a safetensors file") from error
+    if len(towers) > 1:
+        raise LoadError(
+            f"{path.name} has several stacks of layers: {', '.join(sorted(towers))}",
+            fix="Load the language model by itself: mk.HeadWeights.load(mk.load(...))",
+        )
     complete = {n: parts for n, parts in found.items() if "c_attn" in parts or "q_proj" in parts}
     if not complete:
         raise LoadError(

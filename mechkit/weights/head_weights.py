@@ -289,9 +289,9 @@ def affine(module: Any, model: Model) -> Affine:
         return Affine(False)
     device = next(model.hf.parameters()).device
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(8, model.d_model, generator=draw).to(device)
-    weight = getattr(module, "weight", None)
-    out = module(x if weight is None else x.to(weight.dtype)).float()
+    x = 1 + torch.randn(8, model.d_model, generator=draw).to(device)  # a mean that is worth taking off
+    x = x.to(next(model.hf.parameters()).dtype)
+    out = module(x)
     norm = Norm(module, default_epsilon(model.hf.config), lambda what: _odd(model, what))
     norm.parts(x, out)
     return Affine(True, norm.centres, norm.gain, None if norm.bias is None else norm.bias.detach().float())

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ..backends.lens import LensBackend
     from ..model import Model
 
-_SMALL = 1e-2  # size of the unit vectors: what a cap does to scores as small as theirs is linear
+# Size of the unit vectors: what a cap does to scores as small as theirs is linear; in half precision, not too small.
+_SMALL = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 1e-2, torch.float16: 0.1}
 _TOKENS_AT_ONCE = 4096
 
 
@@ -65,7 +66,8 @@ def _scores_of_units(backend: LensBackend, length: int) -> Tensor:
     Where heads are the same, there is one for all.
     """
     info = backend.info
-    units = torch.eye(info.d_head, device=info.device) * _SMALL
+    size = _SMALL[next(backend.hf.parameters()).dtype]
+    units = torch.eye(info.d_head, device=info.device) * size
     if _by_head(backend):
         queries = torch.arange(info.d_head)[:, None].expand(-1, info.n_heads)
     else:  # left over heads begin again
@@ -81,7 +83,7 @@ def _scores_of_units(backend: LensBackend, length: int) -> Tensor:
         tokens = torch.ones(rows, length, dtype=torch.long, device=info.device)
         for sign in (1.0, -1.0):  # what is added to scores whatever the query is, as by ALiBi, goes out
             scores = _scores(backend, tokens, sign * q, k)  # [layers, rows, heads, length]
-            scores = scores.unflatten(1, (len(keys), shares)).cpu().float() * sign / (2 * _SMALL)
+            scores = scores.unflatten(1, (len(keys), shares)).cpu().float() * sign / (2 * size)
             if by_head:
                 out[:, :, :, keys] += scores.permute(0, 3, 2, 1, 4)
             else:

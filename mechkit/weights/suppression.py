@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backends.lens import LensBackend
-from ..errors import OptionError, PromptError, UnsupportedError
+from ..errors import MetricError, OptionError, PromptError, UnsupportedError
 from ..prompts import as_batch
 from ..results import Table
 from ..sites import Site
@@ -38,6 +38,9 @@ from .vocabulary import Vocabulary
 if TYPE_CHECKING:
     from ..model import Model
     from ..tasks.task import Task
+
+
+_NOTHING = 1e-6  # nats a position: no more than rounding
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,6 +93,7 @@ def copy_suppression(
     Raises:
         SiteError: a head that is not there.
         PromptError: fewer than two prompts.
+        MetricError: the head's mean over them changes no prediction, so that there is nothing to explain.
         OptionError: a fraction outside 0 to 1, or fewer than one token.
         UnsupportedError: a model that runs elsewhere, or whose blocks cannot be run one by one.
     """
@@ -110,8 +114,13 @@ def copy_suppression(
         means = _means(work, tokens, lengths, progress)
         rows = []
         for i in tqdm(range(len(tokens)), desc="suppressing", unit="prompt", disable=not progress):
-            rows.append(work.compared(tokens[i, : lengths[i]], means).assign(prompt=i))
+            rows.append(work.compared(tokens[i, : min(int(lengths[i]), len(means))], means).assign(prompt=i))
     frame = pd.concat(rows, ignore_index=True)
+    if not float(frame["ablated"].sum()) > _NOTHING * max(1, len(frame)):
+        raise MetricError(
+            f"The mean over these prompts takes nothing from {site}: no prediction changes",
+            expected="several different prompts of at least two tokens",
+        )
     meta = {
         "model": model.name,
         "weights": model.weights_hash,
@@ -126,7 +135,10 @@ def copy_suppression(
 
 
 def _means(work: _Work, tokens: Tensor, lengths: Tensor, progress: bool) -> Tensor:
-    """What each source gives each destination, the mean over prompts that have both ``[pos, pos, d_head]``."""
+    """What each source gives each destination, the mean over prompts ``[pos, pos, d_head]``.
+
+    As far as at least two prompts go: of one alone, the mean is itself.
+    """
     length = tokens.shape[1]
     total = torch.zeros(length, length, work.model.d_head)
     count = torch.zeros(length)
@@ -135,7 +147,8 @@ def _means(work: _Work, tokens: Tensor, lengths: Tensor, progress: bool) -> Tens
         pattern, value, _ = work.recorded(tokens[i, :n])
         total[:n, :n] += (pattern[..., None] * value[None]).cpu()
         count[:n] += 1
-    return total / count.clamp_min(1)[:, None, None]
+    shared = int((count >= 2).sum())
+    return total[:shared, :shared] / count[:shared, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +175,7 @@ class _Work:
         given = pattern[..., None] * value[None]  # [d, s, d_head]
         mean = means[:n, :n].to(given)
         kept = self._predicted(tokens, replay.stream(self.site.layer)[0]).to(given.device)
-        suppressed = self._suppressed(tokens, given @ out, kept)
+        suppressed = self._suppressed(tokens, given, out, kept)
         rest = torch.where(kept[..., None], 0.0, mean)
         rest[:, 0] = given[:, 0]
         whole = given.sum(1) @ out
@@ -188,37 +201,39 @@ class _Work:
         stands = self._standing_for(tokens)  # [n, similar]
         logits = self.backend.readout(self.backend.bridge.ln_final(stream), None).float()  # [d, vocab]
         of_source = logits[:, stands].amax(-1)  # [d, s]
-        before = torch.ones(n, n, dtype=torch.bool, device=of_source.device).tril()
+        before = torch.ones(n, n, dtype=torch.bool, device=of_source.device).tril(-1)
         before[:, 0] = False
         of_source = of_source.masked_fill(~before, -torch.inf)
         kept = torch.zeros_like(before)
         for d in range(1, n):
-            best = of_source[d].topk(min(d, math.ceil(self.fraction * d))).indices
+            best = of_source[d].topk(math.ceil(self.fraction * d)).indices
             kept[d, best] = True
         return kept & before
 
-    def _suppressed(self, tokens: Tensor, written: Tensor, kept: Tensor) -> Tensor:
+    def _suppressed(self, tokens: Tensor, given: Tensor, out: Tensor, kept: Tensor) -> Tensor:
         """What kept sources take from their own tokens, summed over sources ``[d, d_model]``.
 
         Args:
             tokens: ``[n]``.
-            written: what each source adds ``[d, s, d_model]``.
+            given: what each source gives each destination ``[d, s, d_head]``.
+            out: W_O of the head ``[d_head, d_model]``.
             kept: ``[d, s]``.
         """
         stands = self._standing_for(tokens)
-        directions = self.vocabulary.directions("unembed", stands.flatten()).view(*stands.shape, -1).to(written)
+        directions = self.vocabulary.directions("unembed", stands.flatten()).view(*stands.shape, -1).to(out)
         basis = torch.linalg.qr(directions.mT).Q  # [s, d_model, similar]
-        projected = torch.einsum("dsm,smk,snk->dsn", written, basis, basis)
-        against = (projected * directions[:, 0]).sum(-1) < 0
-        return torch.where((kept & against)[..., None], projected, 0.0).sum(1)
+        along = torch.einsum("dsh,shk->dsk", given, torch.einsum("hm,smk->shk", out, basis))
+        of_own = torch.einsum("dsk,sk->ds", along, torch.einsum("smk,sm->sk", basis, directions[:, 0]))
+        along = along * (kept & (of_own < 0))[..., None]
+        return torch.einsum("dsk,smk->dm", along, basis)
 
     def _standing_for(self, tokens: Tensor) -> Tensor:
         """Tokens that stand for each token, itself first ``[n, similar]``."""
         if self.similar == 1:
             return tokens[:, None]
         unembed = self.vocabulary.unembed
-        own = unembed[tokens.to(unembed.device)].float()
-        cosines = torch.nn.functional.normalize(own, dim=-1) @ unembed.float().mT / unembed.float().norm(dim=-1)
+        own = torch.nn.functional.normalize(unembed[tokens.to(unembed.device)], dim=-1)
+        cosines = (own @ unembed.mT).float() / torch.linalg.vector_norm(unembed, dim=-1).float()
         cosines.scatter_(1, tokens.to(cosines.device)[:, None], torch.inf)
         return cosines.topk(self.similar).indices
 

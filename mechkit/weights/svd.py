@@ -156,7 +156,7 @@ class HeadSVD(Table):
         from .vocabulary import Vocabulary
 
         (i,) = self.components_at(component)
-        if self.only and side not in (None, "write", "read"):
+        if side not in (None, "write", "read"):
             raise OptionError(f"side = {side!r}", expected='"write" or "read"')
         assert self.weights is not None
         vocabulary = Vocabulary.of(self.weights)

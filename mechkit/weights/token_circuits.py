@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -57,15 +57,22 @@ class TokenCircuits(Table):
             higher than its own).
         unit: of ``score``.
         meta: model, head, options, seconds.
-        pairs: the largest entries: ``circuit`` (``"ov"``, ``"qk"``), ``end`` (``"+"``, ``"-"``), ``rank``, ``source``
-            (token attended to), ``destination`` (OV: whose logit; QK: the query), ``score``.
-        eigenvalues: the positive share of the OV circuit's, from -1 to 1.
+        pairs: the largest entries, from ``meta``: ``circuit`` (``"ov"``, ``"qk"``), ``end`` (``"+"``, ``"-"``),
+            ``rank``, ``source`` (token attended to), ``destination`` (OV: whose logit; QK: the query), ``score``.
+        eigenvalues: from ``meta``, the positive share of the OV circuit's, from -1 to 1.
     """
 
-    pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
-    eigenvalues: float = np.nan
-
     _things: ClassVar[str] = "tokens"
+
+    @property
+    def pairs(self) -> pd.DataFrame:
+        """See the class."""
+        return pd.DataFrame(self.meta["pairs"], columns=["circuit", "end", "rank", "source", "destination", "score"])
+
+    @property
+    def eigenvalues(self) -> float:
+        """See the class."""
+        return self.meta["eigenvalues"]
 
     def copying(self, k: int = 5) -> float:
         """The share of tokens that are among the k that they promote most."""
@@ -140,8 +147,7 @@ def token_circuits(
     moved, keys = _read(vocabulary, weights, site, embedding, every, "vk")
     (asked,) = _read(vocabulary, weights, site, query, ids, "q")
     asked = (asked if turns is None else asked @ turns[0]) / weights.d_head**0.5
-    out = vocabulary.final.behind(weights.of_heads("o", heads)[0])
-    to_logits = (vocabulary.unembed.float() @ out.mT).mT.contiguous()  # [d_head, vocab]
+    to_logits = vocabulary.logits(weights.of_heads("o", heads)[0])  # [d_head, vocab]
     bias = weights.of_bias("v", site)
     centred = to_logits - to_logits.mean(1, keepdim=True)
     eigenvalues = torch.linalg.eigvals((centred @ (moved if bias is None else moved - bias)).double())
@@ -181,13 +187,14 @@ def token_circuits(
         "embedding": embedding,
         "query": query,
         "offset": offset,
+        "eigenvalues": float(eigenvalues.real.sum() / eigenvalues.abs().sum().clamp_min(1e-30)),
+        "pairs": pd.concat(tables).to_dict("records"),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    positive = float(eigenvalues.real.sum() / eigenvalues.abs().sum().clamp_min(1e-30))
-    return TokenCircuits(frame, "logit of itself, the mean taken off", meta, pd.concat(tables), positive)
+    return TokenCircuits(frame, "logit of itself, the mean taken off", meta)
 
 
-def scaled(streams: Tensor, weights: HeadWeights) -> Tensor:
+def at_unit_scale(streams: Tensor, weights: HeadWeights) -> Tensor:
     """Streams ``[n, d_model]`` as folded weights read them: over the scale that a norm takes of each.
 
     The root mean square, of what is left when the mean is taken off where the model's norms do so.
@@ -203,7 +210,7 @@ def _read(
     heads = weights.heads([head])
     found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for some in tokens.split(_TOKENS):
-        read = scaled(vocabulary.directions(how, some), weights)
+        read = at_unit_scale(vocabulary.directions(how, some), weights)
         for kind in kinds:
             bias = weights.of_bias(kind, head)
             made = read @ weights.of_heads(kind, heads)[0]  # type: ignore[arg-type]

@@ -93,11 +93,12 @@ class Vocabulary:
 
     def logits(self, written: Tensor) -> Tensor:
         """What is added to each logit, without scale, for what is added to the stream ``[..., d_model]``."""
-        return self.final.behind(written).to(self.unembed) @ self.unembed.mT
+        last = self.final.behind(written)
+        return torch.cat([last @ some.to(last).mT for some in self.unembed.split(_ROWS)], -1)
 
     def written(self, direction: Tensor) -> Tensor:
         """What a unit along a direction ``[d_model]`` does to each logit, the mean taken off ``[vocab]``."""
-        logits = self.logits(direction).float()
+        logits = self.logits(direction.to(self.unembed.device))
         return logits - logits.mean()
 
     def read(self, direction: Tensor) -> Tensor:
@@ -151,7 +152,8 @@ def streams(model: Model, tokens: Tensor, effective: bool) -> Tensor:
         backend.body(some, use_cache=False)
     stream = kept["stream"]
     added = stream - kept["embed"]
-    if float((added - added[:1]).abs().max()) <= 1e-5 * max(1.0, float(stream.abs().max())):
+    same = max(1e-5, 4 * torch.finfo(stream.dtype).eps)
+    if float((added - added[:1]).abs().max()) <= same * max(1.0, float(stream.abs().max())):
         stream = kept["embed"]
     stream = stream[:-1]
     if effective:
