@@ -2,11 +2,12 @@
 
 * ``speed``: q-composition of every head of GPT-2 small's shape with every later one, whole and by component. Beside it
   the dense computation: W_OV and W_QK as ``d_model`` by ``d_model`` matrices, their product for each pair, and for each
-  component the rank-one matrix times W_QK. Of a few pairs, its time taken for all. Of ``--file``, or random weights.
+  component the rank-one matrix times W_QK (the SVD is made before the clock). Of a few pairs, its time taken for all.
+  Of ``--file``, or random weights.
 * ``tokens``: the token circuits of one head of the model.
 * ``ioi``: do heads that path patching finds compose more than others? Pairs of the found heads beside all other pairs
-  of the same two layers; then the channels with the largest z among them are taken out on other prompts, beside random changes
-  of the same norm.
+  of the same two layers; then the channels with the largest z among them are taken out on other prompts, beside random
+  changes of the same size.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import mechkit as mk
 from . import measure
 
 LAYERS, HEADS, D_MODEL, D_HEAD = 12, 12, 768, 64
-FOUND_ON, HELD_OUT, SIZE = 50, 100, 13
+FOUND_ON, HELD_OUT, SIZE, CHANNELS = 50, 100, 13, 8
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def _speed(file: Path | None, pairs: int, rounds: int, rows: list[measure.Row]) 
         f"q-composition of {len(later)} pairs and {len(later) * D_HEAD} components (dense: {len(some)} pairs)",
         rounds,
         partial(_ours, weights, some),
-        {"dense": partial(_dense, weights, some)},
+        {"dense": partial(_dense, weights, mk.svd(weights), some)},
         device="cpu",
         done=rows,
         part=len(some) / len(later),
@@ -75,15 +76,15 @@ def _ours(weights: mk.HeadWeights, some: list) -> torch.Tensor:
     return torch.tensor(np.concatenate(picked))
 
 
-def _dense(weights: mk.HeadWeights, some: list) -> torch.Tensor:
+def _dense(weights: mk.HeadWeights, svd: mk.HeadSVD, some: list) -> torch.Tensor:
     found = []
     for a, b in some:
         ov = weights.W_V[a.layer, a.head] @ weights.W_O[a.layer, a.head]
         qk = weights.W_Q[b.layer, b.head] @ weights.W_K[b.layer, b.head].T
         found.append(torch.linalg.norm(ov @ qk) / torch.linalg.norm(ov) / torch.linalg.norm(qk))
-        u, s, vh = torch.linalg.svd(ov)
+        parts = svd[a]
         for i in range(D_HEAD):
-            one = s[i] * torch.outer(u[:, i], vh[i])
+            one = parts.S[i] * torch.outer(parts.U[:, i], parts.Vh[i])
             found.append(torch.linalg.norm(one @ qk) / torch.linalg.norm(one) / torch.linalg.norm(qk))
     return torch.stack(found)
 
@@ -104,7 +105,7 @@ def _tokens(model: mk.Model) -> None:
 def _ioi(model: mk.Model) -> None:
     task = mk.tasks.ioi(model, n=FOUND_ON + HELD_OUT, seed=0)
     found_on, held_out = task[list(range(FOUND_ON))], task[list(range(FOUND_ON, len(task)))]
-    circuit = mk.discover(model, found_on, "path", size=SIZE, progress=False)
+    circuit = mk.discover(model, found_on, "path", size=SIZE, min_share=0.0, progress=False)
     heads = [one for one in circuit.nodes if one.is_head]
     print(f"\nHeads by path patching, {FOUND_ON} prompts: {' '.join(map(str, heads))}\n", flush=True)
     print("| kind | pairs | whole: median z, random | U, p | top component: median z, random | U, p |")
@@ -124,13 +125,15 @@ def _ioi(model: mk.Model) -> None:
             u, p = mannwhitneyu(mine, others, alternative="greater")
             cells.append(f"{mine.median():.1f}, {others.median():.1f} | {u / len(mine) / len(others):.2f}, {p:.2g}")
         print(f"| {kind} | {int(ours.sum())} of {int(same.sum())} | {' | '.join(cells)} |", flush=True)
-        best += [
-            (row.top_z, kind, composed, row) for row in table.loc[ours].sort_values(by="top_z").tail(3).itertuples()
-        ]
+        best += [(row.top_z, kind, composed, row) for row in table.loc[ours].itertuples()]
     print("\n| channel taken out | z | effect (se) | random: mean size, largest | as large as the channel's |")
     print("|---|---|---|---|---|")
-    for z, kind, composed, row in sorted(best, key=lambda one: -one[0])[:6]:
+    taken: set[tuple[str, int]] = set()
+    for z, kind, composed, row in sorted(best, key=lambda one: -one[0]):
         component = composed.components(row.sender, row.receiver)[0]
+        if (row.sender, component) in taken or len(taken) == CHANNELS:  # each once, by the pair that it is strongest in
+            continue
+        taken.add((row.sender, component))
         done = mk.channel_effects(model, held_out, mk.svd(model, row.sender), component, n_random=20, progress=False)
         random = done.frame["score"].iloc[1:].abs()
         about = f"{done.channel:.3f} ({done.frame['se'].iloc[0]:.3f}) | {random.mean():.3f}, {random.max():.3f}"
