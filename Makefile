@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/ioi
 
-.PHONY: demo test lint check lab bench constraints clean
+.PHONY: demo test browser lint check lab bench constraints clean
 
 # A stamp a dependency set, so that a second run installs nothing.
 $(VENV)/.pip:
@@ -32,6 +32,13 @@ test: $(VENV)/.dev  ## every test: tiny models side by side, then the real one w
 	$(BIN)/python -m pytest -m "not real_model" --numprocesses=2
 	$(BIN)/python -m pytest -m real_model
 
+$(VENV)/.browser: $(VENV)/.dev
+	$(PIP) install -q -c constraints.txt --group browser
+	@touch $@
+
+browser: $(VENV)/.browser  ## the live views in JupyterLab, used in Chromium (which the system must have)
+	$(BIN)/python -m pytest tests/test_pages.py tests/test_lab.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +54,7 @@ bench: $(VENV)/.runtime  ## ratios against the literal code and TransformerLens
 
 constraints:  ## resolve constraints.txt anew (needs uv); then run the tests
 	echo 'torch==2.13.0' > .torch-pin
-	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.10 \
+	uv pip compile pyproject.toml --all-extras --group dev --group browser --universal --python-version 3.10 \
 	  --no-header --no-annotate -c .torch-pin -o .constraints-new
 	( head -n 2 constraints.txt; grep -vE '^(nvidia-|triton|cuda-|torch==)' .constraints-new; echo 'torch==2.13.0' ) > constraints.txt
 	rm .torch-pin .constraints-new

@@ -18,7 +18,7 @@ position never ran is an error, not a shrug.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -38,7 +38,7 @@ _NOT_EDITABLE = ("result", "logits")
 _BY_HEAD = ("z", "pattern", "scores")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """What every edit has: the sites it changes, and where.
 
@@ -62,13 +62,19 @@ class Edit:
                     expected="z, q, k, v, pattern, scores, mlp, resid or embed",
                 )
 
+    def __repr__(self) -> str:
+        """Without tensors, which are long."""
+        rest = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "sites")
+        told = [f"{name}={value!r}" for name, value in rest if isinstance(value, str | int | float | tuple)]
+        return f"{type(self).__name__}({', '.join([repr(' '.join(map(str, self.sites))), *told])})"
+
     @property
     def grows(self) -> bool:
         """True when the edit of a longer prompt leaves what it did to a shorter one, so that it can be cached."""
         return not (isinstance(self.positions, tuple) and min(self.positions) < 0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ablate(Edit):
     """Replace by zero, by the reference's mean, by the reference's own values, or by even attention."""
 
@@ -76,21 +82,21 @@ class Ablate(Edit):
     reference: Task | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scale(Edit):
     """Multiply by ``alpha``."""
 
     alpha: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PatchIn(Edit):
     """Replace by given values: one tensor a site, each broadcastable to the site's own shape."""
 
     values: Mapping[Site, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steer(Edit):
     """Add ``alpha`` times ``vector``."""
 
@@ -98,7 +104,7 @@ class Steer(Edit):
     alpha: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Transform(Edit):
     """Multiply from the right by ``matrix``, then add ``shift``."""
 
@@ -106,7 +112,7 @@ class Transform(Edit):
     shift: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attend(Edit):
     """Change the scores or the pattern of heads; see ``attend``.
 

@@ -156,8 +156,9 @@ class HeadSVD(Table):
         from .vocabulary import Vocabulary
 
         (i,) = self.components_at(component)
+        head = self.only
         if side not in (None, "write", "read"):
-            raise OptionError(f"side = {side!r}", expected='"write" or "read"')
+            raise OptionError(f"side = {side!r} of {head}", expected='"write" or "read"')
         assert self.weights is not None
         vocabulary = Vocabulary.of(self.weights)
         tables = []
