@@ -215,6 +215,9 @@ def transform(
     chosen = sites(addresses)
     if any(one.kind in ("pattern", "scores") for one in chosen):
         raise EditError("transform of attention", expected="z, q, k, v, mlp, resid or embed", fix="Use mk.attend")
+    shapes = [getattr(part, "shape", None) for part in (matrix, shift) if part is not None]
+    if any(not hasattr(part, "to") for part in (matrix, shift) if part is not None) or not shapes[0]:
+        raise EditError(f"transform by {type(matrix).__name__} of shape {shapes[0]}", expected="tensors")
     width = matrix.shape[-1]
     if matrix.ndim != 2 or len(matrix) != width or (shift is not None and list(shift.shape) != [width]):
         given = f"{list(matrix.shape)}" + ("" if shift is None else f" and {list(shift.shape)}")

@@ -252,3 +252,17 @@ def test_options_go_to_the_weights():
         expected = block.c_attn.weight[:, 80:88] @ block.c_proj.weight[16:24]
     assert_close(plainly.reconstructed(), expected, atol=1e-5, rtol=0)
     assert plainly.meta["centre"] is False
+
+
+@pytest.mark.parametrize("offset", [1.5, "2", None, [0, 0.5]])
+def test_offsets_are_whole_numbers(offset):
+    with pytest.raises(OptionError, match="offset"):
+        mk.svd(tiny("llama"), "1.2", "qk", offset=offset)
+    with pytest.raises(OptionError, match="offset"):
+        mk.composition(tiny("llama"), kind="q", offset=offset)
+
+
+def test_offsets_of_numpy_and_ranges():
+    one, same = (mk.svd(tiny("llama"), "1.2", "qk", offset=offset).S for offset in (np.int64(2), [2]))
+    assert torch.equal(one, same)
+    assert mk.svd(tiny("llama"), "1.2", "qk", offset=range(3)).meta["offset"] == [0, 1, 2]

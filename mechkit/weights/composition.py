@@ -31,6 +31,7 @@ from ..errors import OptionError, SiteError
 from ..results import Table
 from ..sites import HeadSet, Site, SitesLike, site
 from .head_weights import HeadWeights
+from .rotation import read_offsets
 from .subspace import Subspace
 from .svd import decomposed, factors, turns_of
 
@@ -152,7 +153,7 @@ def composition(
     started = time.perf_counter()
     if kind not in KINDS:
         raise OptionError(f"kind = {kind!r}", expected="one of " + ", ".join(KINDS))
-    if kind == "v" and offset != 0:
+    if kind == "v" and read_offsets(offset) != (0,):
         raise OptionError(f"offset = {offset!r} of values", expected='an offset with kind="q" or "k"')
     weights = HeadWeights.load(model, n_heads, fold_norm=fold_norm, centre=centre)
     froms, tos = weights.heads(senders), _receivers(weights, receivers, kind)
@@ -176,7 +177,7 @@ def composition(
         **weights.meta,
         "method": f"composition: {kind}",
         "kind": kind,
-        "offset": offset if isinstance(offset, int) else list(offset),
+        "offset": list(read_offsets(offset)),
         "seconds": round(time.perf_counter() - started, 2),
     }
     return Composition(frame, "share of the largest possible", meta, weights)

@@ -154,6 +154,8 @@ def _partners(weights: HeadWeights, head: Site, k: int) -> pd.DataFrame:
                     }
                 )
             )
+    if not tables:
+        return pd.DataFrame(columns=["direction", "kind", "head", "component", "score", "z"])
     return pd.concat(tables, ignore_index=True)
 
 

@@ -15,6 +15,7 @@ identity, come out as the model has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,19 @@ if TYPE_CHECKING:
 # Size of the unit vectors: what a cap does to scores as small as theirs is linear; in half precision, not too small.
 _SMALL = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 1e-2, torch.float16: 0.1}
 _TOKENS_AT_ONCE = 4096
+
+
+def read_offsets(offset: int | Sequence[int]) -> tuple[int, ...]:
+    """One distance or several, as whole numbers.
+
+    Raises:
+        OptionError: something else.
+    """
+    try:
+        several = isinstance(offset, Sequence) and not isinstance(offset, str)
+        return tuple(map(index, offset)) if several else (index(offset),)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionError(f"offset = {offset!r}", expected="a whole number, or several") from None
 
 
 def rotations(model: Model, offsets: Sequence[int]) -> Tensor:

@@ -32,7 +32,7 @@ from ..results import Table
 from ..sites import HeadSet, Site, SitesLike, site
 from .channels import scaled, set_to
 from .head_weights import HeadWeights
-from .rotation import rotations
+from .rotation import read_offsets, rotations
 from .subspace import Subspace
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def svd(
     weights = HeadWeights.load(model, n_heads, fold_norm=fold_norm, centre=centre)
     chosen = weights.heads(heads)
     turns = turns_of(weights, chosen, offset) if matrix == "qk" else None
-    if matrix == "ov" and offset != 0:
+    if matrix == "ov" and read_offsets(offset) != (0,):
         raise OptionError(f"offset = {offset!r} of OV", expected='an offset with matrix="qk"')
     left, values, right = decomposed(*factors(weights, chosen, matrix, turns))
     return HeadSVD(
@@ -244,7 +244,7 @@ def svd(
             **weights.meta,
             "method": "svd",
             "matrix": matrix,
-            "offset": offset if isinstance(offset, int) else list(offset),
+            "offset": list(read_offsets(offset)),
             "seconds": round(time.perf_counter() - started, 2),
         },
         chosen,
@@ -287,7 +287,7 @@ def turns_of(weights: HeadWeights, heads: HeadSet, offset: int | Sequence[int]) 
     Raises:
         OptionError: an offset of weights from a file, which do not tell how queries and keys are rotated.
     """
-    offsets = (offset,) if isinstance(offset, int) else tuple(offset)
+    offsets = read_offsets(offset)
     if weights.model is None:
         if offsets != (0,):
             raise OptionError(f"offset = {offset!r} of weights from a file", expected="a model, which rotates")
