@@ -177,7 +177,7 @@ def composition(
         **weights.meta,
         "method": f"composition: {kind}",
         "kind": kind,
-        "offset": list(read_offsets(offset)),
+        "offset": list(offset) if isinstance(offset, Sequence) else int(offset),
         "seconds": round(time.perf_counter() - started, 2),
     }
     return Composition(frame, "share of the largest possible", meta, weights)

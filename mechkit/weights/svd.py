@@ -244,7 +244,7 @@ def svd(
             **weights.meta,
             "method": "svd",
             "matrix": matrix,
-            "offset": list(read_offsets(offset)),
+            "offset": list(offset) if isinstance(offset, Sequence) else int(offset),
             "seconds": round(time.perf_counter() - started, 2),
         },
         chosen,
