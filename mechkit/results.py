@@ -215,11 +215,8 @@ def write_whole(path: Path, write: Any) -> Path:
     return path
 
 
-def provenance(model: Any, task: Any, method: str, seconds: float, **options: Any) -> dict[str, Any]:
-    """What a result must carry to be made again."""
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "transformer-lens", "nnsight")
+def model_provenance(model: Any) -> dict[str, Any]:
+    """What of a model a result must carry to be made again."""
     return {
         "model": model.name,
         "source": model.source,
@@ -228,11 +225,26 @@ def provenance(model: Any, task: Any, method: str, seconds: float, **options: An
         "n_heads": model.n_heads,
         "n_kv_heads": model.n_kv_heads,
         "d_model": model.d_model,
+        "versions": versions(),
+        "device": model.info.device,
+        "dtype": model.info.dtype,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of mechkit, and of what it stands on."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "transformer-lens", "nnsight")
+    return {"mechkit": version("mechkit-interp"), **{name: version(name) for name in packages}}
+
+
+def provenance(model: Any, task: Any, method: str, seconds: float, **options: Any) -> dict[str, Any]:
+    """What a result must carry to be made again."""
+    return {
+        **model_provenance(model),
         "task": {"name": task.name, "n": len(task), "metric": task.metric.name, "made": dict(task.meta)},
         "method": method,
         "options": options,
-        "versions": {"mechkit": version("mechkit-interp"), **{name: version(name) for name in packages}},
-        "device": model.info.device,
-        "dtype": model.info.dtype,
         "seconds": round(seconds, 2),
     }

@@ -197,7 +197,7 @@ def test_saved_and_loaded_is_the_same(suffix, tmp_path):
     with pytest.raises(OptionError, match="loaded table"):
         again.channel("0.1", "2.3")
     assert "pairs and components" in repr(again)
-    assert "share of the largest possible" in found._repr_html_()
+    assert "norm of the product, over the product of norms" in found._repr_html_()
 
 
 @pytest.mark.parametrize(

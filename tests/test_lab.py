@@ -70,6 +70,16 @@ def lab(tmp_path):
         server.wait(20)
 
 
+def _saved(path: Path) -> dict:
+    """A notebook, once its outputs are on the disk."""
+    for _ in range(100):
+        notebook = json.loads(path.read_text())
+        if notebook["cells"][1].get("outputs"):
+            return notebook
+        time.sleep(0.1)
+    raise AssertionError("the notebook was not saved with its outputs")
+
+
 def test_used_by_keyboard_and_opened_again(lab, tmp_path):
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -101,10 +111,9 @@ def test_used_by_keyboard_and_opened_again(lab, tmp_path):
             page.keyboard.press("Shift+Enter")
             page.wait_for_selector("text=SEEN ['1.1', '2.1'] ['2.1'] 2.1", timeout=20_000)
             page.keyboard.press("Control+s")
-            page.wait_for_timeout(2000)
+            saved = _saved(tmp_path / "live.ipynb")
             assert not away
             assert not wrong
-            saved = json.loads((tmp_path / "live.ipynb").read_text())
             (shown,) = (one["data"] for one in saved["cells"][0]["outputs"])
             assert "image/png" in shown
             (tmp_path / "again.ipynb").write_text(json.dumps({**saved, "metadata": {}}))  # no kernel, and not trusted

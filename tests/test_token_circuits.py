@@ -104,9 +104,8 @@ def test_logits_of_a_write_are_the_readout_s(family):
     torch.testing.assert_close(unembed @ small, raised - raised.mean(), rtol=1e-3, atol=1e-3)
 
 
-def _planted(sign):
-    """Layer 1 has a head that writes the token it sees into the logits, with a sign, and whose query asks for it."""
-    draft = Draft(seed=3, grouped=False)
+def _looks_for_what_is_predicted(draft, sign):
+    """Give head 1.2 a query that asks for what the logits have so far, and have it write what it finds, with a sign."""
     tokens = same(range(ROOMY))
     draft.head(
         1,
@@ -116,6 +115,11 @@ def _planted(sign):
         v={"tok": value(tokens, "tok")},
         o={"out": value(tokens, "out", sign).T},
     )
+
+
+def _planted(sign):
+    draft = Draft(seed=3, grouped=False)
+    _looks_for_what_is_predicted(draft, sign)
     return draft.finished("planted-copying")
 
 
@@ -237,14 +241,7 @@ def _suppressor(sign=-1.0):
         v={"tok": value(tokens, "tok")},
         o={"out": value(tokens, "out").T},
     )
-    draft.head(
-        1,
-        2,
-        q={"out": content(tokens, "out")},
-        k={"tok": content(tokens, "tok")},
-        v={"tok": value(tokens, "tok")},
-        o={"out": value(tokens, "out", sign).T},
-    )
+    _looks_for_what_is_predicted(draft, sign)
     return draft.finished("planted-suppressor")
 
 

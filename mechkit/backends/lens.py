@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,25 @@ from .readout import Readout
 from .replay import LensReplay
 from .window import Key, Window
 
+if TYPE_CHECKING:
+    from ..model import Model
+
 _BASE_TOKENS = {"cpu": 2048, "mps": 1 << 13, "cuda": 1 << 14}  # more would not be faster
+
+
+def local_backend(model: Model, what: str) -> LensBackend:
+    """The backend of a model that runs here.
+
+    Args:
+        model: any.
+        what: is asked of it, for the message: "Weights of".
+
+    Raises:
+        UnsupportedError: it runs elsewhere.
+    """
+    if isinstance(model.backend, LensBackend):
+        return model.backend
+    raise UnsupportedError(f"{what} {model.name}, which runs elsewhere", expected="a local model")
 
 
 class LensBackend:

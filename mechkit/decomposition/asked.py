@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.lens import LensBackend
+from ..backends.lens import local_backend
 from ..backends.memory import OutputBytes, rows_at_once
 from ..backends.protocol import Read
 from ..errors import OptionError, PromptError, UnsupportedError
@@ -56,9 +56,7 @@ class Asked:
 
 def of_decoder(model: Model, text: str, answer: Choice, against: Choice, rules: Rules) -> Asked:
     """A local model's next token after a text."""
-    backend, tokenizer = model.backend, model.need_tokenizer()
-    if not isinstance(backend, LensBackend):
-        raise UnsupportedError(f"Token scores of {model.name}, which runs elsewhere", expected="a local model")
+    backend, tokenizer = local_backend(model, "Token scores of"), model.need_tokenizer()
     tokens = model.tokens(text)
     ids: list[int] = tokens[0].tolist()
     offsets = None

@@ -102,16 +102,13 @@ def decompose(
     work = read_work(
         model,
         task,
+        Rules(attention, activation, biases, stabilise),
         sources,
         targets,
         positions=positions,
         target_positions=target_positions,
         together=together,
         reference=reference,
-        attention=attention,
-        activation=activation,
-        biases=biases,
-        stabilise=stabilise,
     )
     if relevance not in ("signed", "size"):
         raise OptionError(f"relevance = {relevance!r}", expected="'signed' or 'size'")
@@ -137,22 +134,18 @@ def decompose(
 def read_work(
     model: Model,
     task: Task,
-    sources: SitesLike | Sequence[SitesLike] = "heads",
+    rules: Rules,
+    sources: SitesLike | Sequence[SitesLike],
     targets: SitesLike = "logits",
     *,
     positions: PositionsLike = "all",
     target_positions: str | int | None = None,
     together: bool = False,
     reference: str | Task = "corrupt",
-    attention: Literal["frozen", "product"] = "frozen",
-    activation: Literal["remainder", "shapley"] = "remainder",
-    biases: Literal["shared", "irrelevant"] = "shared",
-    stabilise: bool = True,
 ) -> Work:
     """What ``decompose`` is asked, checked; arguments and errors are its own."""
     if not isinstance(reference, Task) and reference not in ("mean", "corrupt", "zero"):
         raise OptionError(f"reference = {reference!r}", expected='"mean", "corrupt", "zero", or a task')
-    rules = Rules(attention, activation, biases, stabilise)
     check_task(model, task)
     aims = _targets(model, targets)
     chosen = _sources(model, sources, together, aims)
@@ -171,9 +164,8 @@ def told(work: Work) -> dict[str, Any]:
 def table(work: Work, found: Found, aim: Site, with_position: bool, relevance: str) -> pd.DataFrame:
     """A row a source that comes before a target."""
     done = found.done.numpy()
-    values = np.where(
-        done[..., None], found.values[:, :, work.targets.index(aim)].double().numpy(), np.nan
-    )  # [sources, n, 2]
+    measured = found.values[:, :, work.targets.index(aim)].double().numpy()  # [sources, n, 2]
+    values = np.where(done[..., None], measured, np.nan)
     of_logits = aim.kind == "logits"
     chosen = values[..., 0 if of_logits or relevance == "signed" else 1]
     n, rows = done.sum(1), []

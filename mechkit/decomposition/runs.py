@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..backends.lens import LensBackend
+from ..backends.lens import LensBackend, local_backend
 from ..backends.memory import TOKENS_AT_ONCE, fitting, in_batches
 from ..backends.protocol import Read
 from ..errors import UnsupportedError
@@ -81,9 +81,7 @@ def run(work: Work, checkpoint: str | Path | None, progress: bool) -> Found:
         UnsupportedError: a model that runs elsewhere, or does what no rule is for.
         StorageError, CapacityError: as of a sweep.
     """
-    model, task, backend = work.model, work.task, work.model.backend
-    if not isinstance(backend, LensBackend):
-        raise UnsupportedError(f"Decomposition of {model.name}, which runs elsewhere", expected="a local model")
+    model, task, backend = work.model, work.task, local_backend(work.model, "Decomposition of")
     values = torch.zeros(len(work.sources), len(task), len(work.targets), 2)
     done = torch.zeros(len(work.sources), len(task), dtype=torch.bool)
     cells = [Cell(one, where) for some, where in zip(work.sources, work.where, strict=True) for one in some]

@@ -29,6 +29,7 @@ from ..results import Scores, provenance
 from ..sites import Site, site
 from .cdt import arrives, read_work, table, told
 from .runs import run
+from .split import Rules
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -64,7 +65,8 @@ def by_nodes(
     if unknown := options.keys() - {"reference", "attention", "activation", "biases", "stabilise"}:
         raise OptionError(f"{', '.join(sorted(unknown))} in a search", expected="how to decompose, not what")
     started = time.perf_counter()
-    work = read_work(model, task, sites, "logits", **options)
+    reference = options.pop("reference", "corrupt")
+    work = read_work(model, task, Rules(**options), sites, reference=reference)
     read = {part: _read_by(model, part, sites) for (part,) in work.sources}
     work = replace(work, targets=(*work.targets, *dict.fromkeys(one for some in read.values() for one in some)))
     found = run(work, checkpoint, progress)

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..backends.gradients import Pair, by_query_head
-from ..backends.lens import LensBackend
+from ..backends.lens import LensBackend, local_backend
 from ..backends.memory import TOKENS_AT_ONCE, fitting, in_batches
 from ..backends.patterns import PatternEffects
 from ..backends.products import needed, products
@@ -35,7 +35,7 @@ from ..backends.protocol import Read
 from ..backends.relevance import relevance
 from ..backends.window import Change, Key
 from ..edge_scores import EdgeScores
-from ..errors import Interrupted, MetricError, UnsupportedError
+from ..errors import Interrupted, MetricError
 from ..graph import EMBED
 from ..results import provenance
 from .cells import Cell, Place, covered
@@ -95,9 +95,7 @@ def attribute(
 ) -> EdgeScores:
     """Scores of every edge; see ``edges``, whose errors it raises."""
     started = time.perf_counter()
-    backend = model.backend
-    if not isinstance(backend, LensBackend):
-        raise UnsupportedError(f"Gradients of {model.name}, which runs elsewhere", expected="a local model")
+    backend = local_backend(model, "Gradients of")
     work = _Work(backend, task, how, points(method, how.steps, model.n_layers))
     sums = _Sums(len(task), model.graph(how.ungroup).exists.shape)
     identity = fingerprint(model, task, [], work.base, work.source, task.metric) | {"method": f"{method} {how}"}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..backends.change import changed, in_order
-from ..backends.lens import LensBackend
+from ..backends.lens import local_backend
 from ..backends.protocol import Read
 from ..backends.window import Window
-from ..errors import EditError, UnsupportedError
+from ..errors import EditError
 
 if TYPE_CHECKING:
     from ..edits import Edit
@@ -41,9 +41,7 @@ class EditedRuns:
     """
 
     def __init__(self, model: Model, task: Task):
-        backend = model.backend
-        if not isinstance(backend, LensBackend):
-            raise UnsupportedError(f"Repeated edits of {model.name}, which runs elsewhere", expected="a local model")
+        backend = local_backend(model, "Repeated edits of")
         self._backend, self._task = backend, task
         self._groups = []
         for length in task.lengths.unique().tolist():

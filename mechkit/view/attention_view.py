@@ -1,6 +1,6 @@
 """Attention of every head, live: a grid of thumbnails, one head large, edits of heads and what they do.
 
-A view knows no model. It gets maps as arrays, and two callbacks: one gives the exact values of a head, one runs edits.
+A view knows no model. It gets maps as arrays, and two callbacks: one runs edits, one tells which edits they are.
 
 Of every map there is one byte a cell for all heads; the head in focus is sent in half precision when it gets there.
 What the page sets, ``head``, ``selection`` and ``changes``, Python can set too.
@@ -19,7 +19,7 @@ import traitlets
 from ..edits import Edit
 from ..errors import MechkitError, OptionError, SiteError
 from ..sites import HeadSet, heads, site
-from .widget import STATIC, LiveView
+from .widget import STATIC, LiveView, script
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,9 +76,8 @@ class AttentionView(LiveView):
         result: what the edits did.
     """
 
-    _esm = STATIC / "attention.js"
-    _css = STATIC / "attention.css"
-    _name = "attention"
+    _esm = script("parts.js", "elements.js", "painting.js", "controls.js", "asking.js", "attention.js")
+    _css = (STATIC / "attention.css").read_text(encoding="utf-8")
     _exported = tuple("about maps map layer head exact_of exact_values selection changes asked result".split())
 
     about = traitlets.Dict().tag(sync=True)
@@ -127,13 +126,20 @@ class AttentionView(LiveView):
         self._send_exact()
 
     @property
+    def title(self) -> str:
+        """What stands above it."""
+        return self.about["title"]
+
+    @property
     def edits(self) -> list[Edit]:
         """The edits that are active, for ``model.run(..., edits=view.edits)``."""
         return self._to_edits(self.changes) if self._to_edits else []
 
     def ablate(self, addresses: Any) -> None:
-        """Ablate heads, as the page does."""
-        self.changes = [*self.changes, *({"head": str(one), "how": "ablate"} for one in self._heads(addresses))]
+        """Ablate heads, as the page does; an edit of a head takes the place of an earlier one."""
+        named = [str(one) for one in self._heads(addresses)]
+        kept = [one for one in self.changes if one["head"] not in named]
+        self.changes = [*kept, *({"head": one, "how": "ablate"} for one in named)]
         self.asked += 1
 
     def undo(self, all: bool = False) -> None:
@@ -147,13 +153,13 @@ class AttentionView(LiveView):
 
         one = self._maps[self.map]
         layer, head = map(int, self.head.split("."))
-        return attention_grid(one.values, one.signed, one.limit, self.about["title"], self.about["tokens"], layer, head)
+        return attention_grid(one.values, one.signed, one.limit, self.title, self.about["tokens"], layer, head)
 
     def sentence(self) -> str:
         """What is seen, in words."""
         layers, n_heads = self._shape
         edits = f" Edited: {', '.join(one['head'] for one in self.changes)}." if self.changes else ""
-        return f"{self.about['title']}. {layers} layers of {n_heads} heads; head {self.head} is large.{edits}"
+        return f"{self.title}. {layers} layers of {n_heads} heads; head {self.head} is large.{edits}"
 
     def _for_page(self, name: str) -> Any:
         if name == "about":

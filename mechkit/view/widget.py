@@ -11,12 +11,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import zlib
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
+import jinja2
 
 from ..results import write_whole
 
@@ -24,25 +26,39 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATIC = Path(__file__).parent / "static"
+_IMPORT = re.compile(r"^import \{[^}]*\} from \"\./[\w.]+\";\n", re.MULTILINE)
+
+
+def script(*names: str) -> str:
+    """Modules of ``static/`` as one, in this order: a host loads one text, and a page nothing from beside it."""
+    return "\n".join(_IMPORT.sub("", (STATIC / name).read_text(encoding="utf-8")) for name in names)
 
 
 class LiveView(anywidget.AnyWidget):
     """A widget with a picture, a sentence and a page.
 
-    Subclasses have ``_name``, that of their files; ``_exported``, the names of the traits that a page reads; and the
-    three methods below.
+    Subclasses have ``_esm`` and ``_css``, as text, ``_exported``, the names of the traits that a page reads, and what
+    is named below.
     """
 
-    _name = ""
     _exported: tuple[str, ...] = ()
 
-    def picture(self) -> Figure:
-        """What is seen, as a matplotlib figure."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what a subclass has
+        _esm: str
+        _css: str
 
-    def sentence(self) -> str:
-        """What is seen, in words."""
-        raise NotImplementedError
+        @property
+        def title(self) -> str:
+            """What stands above it."""
+            ...
+
+        def picture(self) -> Figure:
+            """What is seen, as a matplotlib figure."""
+            ...
+
+        def sentence(self) -> str:
+            """What is seen, in words."""
+            ...
 
     def _for_page(self, name: str) -> Any:
         """What a page gets of a trait."""
@@ -66,19 +82,15 @@ class LiveView(anywidget.AnyWidget):
             else:
                 traits[name] = value
         state = json.dumps({"traits": traits, "buffers": buffers}).replace("</", "<\\/")
-        parts = {
-            "TITLE": escape(self.sentence().split(".")[0]),
-            "TEXT": escape(self.sentence()),
-            "CSS": (STATIC / f"{self._name}.css").read_text(),
-            "CODE": (STATIC / f"{self._name}.js").read_text(),
-            "STATE": state,
-        }
-        page = (STATIC / "page.html").read_text()
-        for name, part in parts.items():
-            page = page.replace(f"@{name}@", part)
+        template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(
+            (STATIC / "page.html").read_text(encoding="utf-8")
+        )
+        page = template.render(
+            title=escape(self.title), text=escape(self.sentence()), css=self._css, code=self._esm, state=state
+        )
         if path is None:
             return page
-        return write_whole(Path(path), lambda target: target.write_text(page))
+        return write_whole(Path(path), lambda target: target.write_text(page, encoding="utf-8"))
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         made = super()._repr_mimebundle_(**options)

@@ -30,10 +30,10 @@ from torch import Tensor
 from ..errors import OptionError, SiteError
 from ..results import Table
 from ..sites import HeadSet, Site, SitesLike, site
+from .factored import decomposed, factors, turns_of
 from .head_weights import HeadWeights
 from .rotation import read_offsets
 from .subspace import Subspace
-from .svd import decomposed, factors, turns_of
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -180,7 +180,7 @@ def composition(
         "offset": list(offset) if isinstance(offset, Sequence) else int(offset),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    return Composition(frame, "share of the largest possible", meta, weights)
+    return Composition(frame, "norm of the product, over the product of norms", meta, weights)
 
 
 def _receivers(weights: HeadWeights, receivers: SitesLike | None, kind: str) -> HeadSet:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..backends.lens import LensBackend, local_backend
 from ..edits import Ablate, Edit, Scale, Transform
 from ..errors import EditError, UnsupportedError
 from ..sites import Site
@@ -23,7 +24,6 @@ from ..sites import Site
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..backends.lens import LensBackend
     from ..model import Model
 
 _KINDS = ("z", "q", "k", "v")
@@ -92,11 +92,7 @@ def edit_weights(model: Model, edits: Edit | Sequence[Edit]) -> WeightEdit:
         SiteError: a site that is not there.
         UnsupportedError: a model that runs elsewhere, or whose matrices cannot be written to.
     """
-    from ..backends.lens import LensBackend
-
-    backend = model.backend
-    if not isinstance(backend, LensBackend):
-        raise UnsupportedError(f"Weights of {model.name}, which runs elsewhere", expected="a local model")
+    backend = local_backend(model, "Weights of")
     several = [edits] if isinstance(edits, Edit) else list(edits)
     if not several:
         raise EditError("No edits of weights", expected="at least one")

@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoadError, OptionError, UnsupportedError, first_line
-from .head_weights import Affine, HeadWeights, made_how, made_of
+from ..results import versions
+from .folding import Affine, made_how, made_of
+from .head_weights import HeadWeights
 
 _PART = re.compile(r"(?:^|\.)(\d+)\.(?:(?:attn|self_attn|attention)\.)?(?:attention\.)?(\w+)\.(weight|bias)$")
 _WANTED = "c_attn c_proj q_proj k_proj v_proj o_proj out_proj dense ln_1 input_layernorm self_attn_layer_norm".split()
@@ -72,7 +74,7 @@ def from_file(path: Path, n_heads: int | None, fold_norm: bool, centre: bool | N
     unseen = all(norm.centres for norm in norms)
     none = [Affine(False)] * len(norms)
     made = made_of(path.stem, matrices, biases, norms, none, 1.0, unseen, fold_norm, centre)
-    return HeadWeights(**made, meta={"model": path.stem, "path": str(path), **made_how(made)})
+    return HeadWeights(**made, meta={"model": path.stem, "path": str(path), "versions": versions(), **made_how(made)})
 
 
 def _not_told(path: Path, layers: dict[int, dict[str, dict[str, Tensor]]]) -> str | None:

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..backends.norms import Norm, default_epsilon
-from ..errors import OptionError, SiteError, UnsupportedError
+from ..backends.lens import local_backend
+from ..errors import OptionError, SiteError
+from ..results import model_provenance
 from ..sites import HeadSet, Site, SitesLike, sites
+from .folding import Affine, affine, made_how, made_of
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -105,11 +107,7 @@ class HeadWeights:
     @torch.no_grad()
     def of(cls, model: Model, *, fold_norm: bool = True, centre: bool | None = None) -> HeadWeights:
         """The weights of a model; see ``load``."""
-        from ..backends.lens import LensBackend
-
-        backend = model.backend
-        if not isinstance(backend, LensBackend):
-            raise UnsupportedError(f"Weights of {model.name}, which runs elsewhere", expected="a local model")
+        backend = local_backend(model, "Weights of")
         branches, info = backend.branches, backend.info
         layers = range(info.n_layers)
         stacked = {kind: torch.stack([branches.weight(kind, layer) for layer in layers]).float() for kind in "qkvo"}
@@ -129,8 +127,7 @@ class HeadWeights:
             unseen = all(one.there for one in reads) and all(one.centres for one in (*reads, *others))
         times = float(getattr(backend.hf.config, "residual_multiplier", 1.0))
         made = made_of(model.name, stacked, biases, reads, writes, times, unseen, fold_norm, centre)
-        meta = {"model": model.name, "weights": model.weights_hash}
-        return cls(**made, model=model, meta={**meta, **made_how(made)})
+        return cls(**made, model=model, meta={**model_provenance(model), **made_how(made)})
 
     # -- dimensions -------------------------------------------------------------------------------------------
 
@@ -204,100 +201,3 @@ class HeadWeights:
             f"d_model {self.d_model}, d_head {self.d_head}, norms {'folded' if self.folded else 'left out'}"
             f"{', writes centred' if self.centred else ''})"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """What a norm does besides scaling: take the mean off, multiply, add.
-
-    Attributes:
-        there: there is a norm; without, the rest says nothing.
-        centres: it takes the mean off.
-        gain, bias: ``[d_model]``; None where it has none.
-    """
-
-    there: bool
-    centres: bool = False
-    gain: Tensor | None = None
-    bias: Tensor | None = None
-
-    def before(self, matrix: Tensor) -> Tensor:
-        """A matrix that reads what the norm puts out, made to read what goes in: ``[..., d_model, d_head]``."""
-        folded = matrix if self.gain is None else self.gain[:, None] * matrix
-        return folded - folded.mean(-2, keepdim=True) if self.centres else folded
-
-    def behind(self, matrix: Tensor) -> Tensor:
-        """A matrix that writes what goes in, made to write what comes out: ``[..., d_head, d_model]``."""
-        folded = matrix - matrix.mean(-1, keepdim=True) if self.centres else matrix
-        return folded if self.gain is None else folded * self.gain
-
-
-def made_of(
-    name: str,
-    matrices: Mapping[str, Tensor],
-    biases: Mapping[str, Tensor],
-    reads: list[Affine],
-    writes: list[Affine],
-    times: float,
-    mean_unseen: bool,
-    fold_norm: bool,
-    centre: bool | None,
-) -> dict[str, Any]:
-    """The fields of ``HeadWeights``, folded and centred as asked.
-
-    Args:
-        name: of the model.
-        matrices: ``"q"``, ``"k"``, ``"v"``, ``"o"``, as they are in the model.
-        biases: those of q, k and v that are there.
-        reads, writes: the norms before and behind attention, by layer.
-        times: what writes are multiplied by.
-        mean_unseen: every norm takes the mean off.
-        fold_norm, centre: see ``HeadWeights.load``.
-    """
-    of, biases = dict(matrices), dict(biases)
-    if fold_norm:
-        for kind in "qkv":
-            added = [
-                torch.zeros(*of[kind][layer].shape[::2]) if one.bias is None else one.bias.cpu() @ of[kind][layer].cpu()
-                for layer, one in enumerate(reads)
-            ]
-            if any(one.bias is not None for one in reads):
-                extra = torch.stack(added).to(of[kind])
-                biases[kind] = biases[kind] + extra if kind in biases else extra
-            of[kind] = torch.stack([one.before(of[kind][layer]) for layer, one in enumerate(reads)])
-        of["o"] = torch.stack([one.behind(of["o"][layer]) for layer, one in enumerate(writes)]) * times
-    centred = mean_unseen if centre is None else centre
-    if centred:
-        of["o"] = of["o"] - of["o"].mean(-1, keepdim=True)
-    named = {f"W_{kind.upper()}": matrix for kind, matrix in of.items()}
-    told = {"folded": fold_norm, "centred": centred, "mean_unseen": mean_unseen}
-    return {"name": name, **named, "biases": biases, **told}
-
-
-def made_how(made: Mapping[str, Any]) -> dict[str, Any]:
-    """What was done to the weights, for provenance."""
-    return {"fold_norm": made["folded"], "centre": made["centred"]}
-
-
-def affine(module: Any, model: Model) -> Affine:
-    """What a norm of a model does besides scaling, told from its values; None: there is no norm.
-
-    Raises:
-        UnsupportedError: it is neither LayerNorm nor RMSNorm.
-    """
-    if module is None:
-        return Affine(False)
-    device = next(model.hf.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-    x = 1 + torch.randn(8, model.d_model, generator=draw).to(device)  # a mean that is worth taking off
-    x = x.to(next(model.hf.parameters()).dtype)
-    out = module(x)
-    norm = Norm(module, default_epsilon(model.hf.config), lambda what: _odd(model, what))
-    norm.parts(x, out)
-    return Affine(True, norm.centres, norm.gain, None if norm.bias is None else norm.bias.detach().float())
-
-
-def _odd(model: Model, what: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{model.name} has {what}", fix="Take the weights as they are: fold_norm=False, centre=False"
-    )

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, UnsupportedError
+from ..backends.lens import LensBackend, local_backend
+from ..errors import OptionError
 
 if TYPE_CHECKING:
-    from ..backends.lens import LensBackend
     from ..model import Model
 
 # Size of the unit vectors: what a cap does to scores as small as theirs is linear; in half precision, not too small.
@@ -56,11 +56,7 @@ def rotations(model: Model, offsets: Sequence[int]) -> Tensor:
         OptionError: a distance below 0, beyond the model's context, or beyond what a sliding window sees.
         UnsupportedError: a model that runs elsewhere.
     """
-    from ..backends.lens import LensBackend
-
-    backend = model.backend
-    if not isinstance(backend, LensBackend):
-        raise UnsupportedError(f"Weights of {model.name}, which runs elsewhere", expected="a local model")
+    backend = local_backend(model, "Weights of")
     if not offsets or min(offsets) < 0 or max(offsets) >= model.info.n_ctx:
         raise OptionError(f"Offsets {list(offsets)}", expected=f"numbers from 0 to {model.info.n_ctx - 1}")
     wanted = torch.tensor(sorted(set(offsets)))

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..backends.lens import LensBackend
-from ..errors import MetricError, OptionError, PromptError, UnsupportedError
+from ..backends.lens import LensBackend, local_backend
+from ..errors import MetricError, OptionError, PromptError
 from ..prompts import as_batch
-from ..results import Table
+from ..results import Table, model_provenance
 from ..sites import Site
 from .vocabulary import Vocabulary
 
@@ -98,9 +98,7 @@ def copy_suppression(
         UnsupportedError: a model that runs elsewhere, or whose blocks cannot be run one by one.
     """
     started = time.perf_counter()
-    backend = model.backend
-    if not isinstance(backend, LensBackend):
-        raise UnsupportedError(f"Copy suppression in {model.name}, which runs elsewhere", expected="a local model")
+    backend = local_backend(model, "Copy suppression in")
     (site,) = model.heads([head])
     if not 0 < fraction <= 1:
         raise OptionError(f"fraction = {fraction!r}", expected="above 0, at most 1")
@@ -122,8 +120,7 @@ def copy_suppression(
             expected="several different prompts of at least two tokens",
         )
     meta = {
-        "model": model.name,
-        "weights": model.weights_hash,
+        **model_provenance(model),
         "method": f"copy_suppression of {site}",
         "head": str(site),
         "n": len(tokens),

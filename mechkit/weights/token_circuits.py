@@ -35,8 +35,8 @@ from tqdm.auto import tqdm
 from ..errors import OptionError
 from ..results import Table
 from ..sites import Site
+from .factored import turns_of
 from .head_weights import HeadWeights
-from .svd import turns_of
 from .vocabulary import Directions, Embedding, Vocabulary
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..backends.branches import Enough
 from ..errors import OptionError, UnsupportedError
-from .head_weights import Affine, HeadWeights, affine
+from .folding import Affine, affine
+from .head_weights import HeadWeights
 
 if TYPE_CHECKING:
     from ..model import Model

@@ -1,8 +1,8 @@
-// Pure functions of the attention view: node --test tests/js
+// Pure functions of the views: node --test tests/js
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import * as view from "../../mechkit/view/static/attention.js";
+import * as view from "../../mechkit/view/static/parts.js";
 
 test("half precision comes back as numbers", () => {
   const bits = [0x0000, 0x3c00, 0xbc00, 0x3555, 0x7bff, 0x0001, 0x8000];
