@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .sites import HeadSet, Site, heads, site
     from .sources import load
     from .tasks.task import Task
+    from .view.explorer import explore
     from .weights.channels import ChannelEffects, channel_effects
     from .weights.composition import Composition, composition
     from .weights.edit_weights import WeightEdit, edit_weights
@@ -58,6 +59,7 @@ _HOMES = {
     "Curve": "circuits.curve",
     "curve": "circuits.curve",
     "discover": "circuits.discover",
+    "explore": "view.explorer",
     "Evaluation": "circuits.evaluate",
     "decompose": "decomposition.cdt",
     "EdgeScores": "edge_scores",
@@ -143,6 +145,7 @@ __all__ = [
     "edge",
     "edges",
     "edit_weights",
+    "explore",
     "head_card",
     "heads",
     "load",

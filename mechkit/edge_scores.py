@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,9 @@ from .sites import HeadSet, Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .view.scores_view import ScoresView
+    from .view.widget import LiveView
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,6 +102,10 @@ class EdgeScores(Table):
             }
         )
         return Scores(frame, self.unit, self.meta)
+
+    def show(self, kind: str | None = None, link: LiveView | Sequence[LiveView] = ()) -> ScoresView:
+        """A live map of ``nodes()``; see ``Scores.show``."""
+        return self.nodes().show(kind, link)
 
     def heads(self, k: int = 10) -> HeadSet:
         """The k heads whose outgoing edges have the largest sum in size."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,6 +17,9 @@ from .sites import HeadSet, Site, site
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
+
+    from .view.scores_view import ScoresView
+    from .view.widget import LiveView
 
 _CSV_HEADER = "# mechkit scores: "
 _AS_WRITTEN = {**dict.fromkeys(("site", "sender", "receiver", "source", "target", "token"), str), "head": "Int64"}
@@ -186,6 +189,20 @@ class Scores(Table):
         from .view.figures import site_map
 
         return site_map(self.of_kind(kind))
+
+    def show(self, kind: str | None = None, link: LiveView | Sequence[LiveView] = ()) -> ScoresView:
+        """A live map of the scores: layers across, heads or positions down.
+
+        Args:
+            kind: of site, as in ``grid``.
+            link: views that share what is chosen and in focus, such as ``mk.view.attention(...)``.
+
+        Raises:
+            OptionError: as of ``grid``; or no finite score.
+        """
+        from .view.scores_view import scores_view
+
+        return scores_view(self, kind, link)
 
 
 def as_html(table: pd.DataFrame, caption: str, precision: int = 3) -> str:

@@ -145,7 +145,7 @@ def test_the_page_has_everything_in_it(tmp_path):
     page = view.to_html(tmp_path / "page.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
     assert "import(" not in page.replace("await import(url)", "")
-    state = json.loads(re.search(r'id="state">(.*?)</script>', page, re.DOTALL)[1])
+    (state,) = json.loads(re.search(r'id="state">(.*?)</script>', page, re.DOTALL)[1])
     assert zlib.decompress(base64.b64decode(state["buffers"]["maps"])) == view.maps
     assert state["traits"]["about"]["live"] is False
     assert view.to_html() == page
@@ -157,7 +157,7 @@ def test_odd_tokens_do_not_end_the_page():
     words = ["</script>", "\n", "👩🚀", "שלום", '"&<', "�"]
     view = AttentionView("odd <b>", words, [AttentionMap("pattern", np.zeros((1, 1, 6, 6)))])
     page = view.to_html()
-    state = json.loads(re.search(r'id="state">(.*?)</script>', page, re.DOTALL)[1])
+    (state,) = json.loads(re.search(r'id="state">(.*?)</script>', page, re.DOTALL)[1])
     assert state["traits"]["about"]["tokens"] == words
     assert "<title>odd &lt;b&gt;</title>" in page
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..edits import Ablation
     from ..model import Model
     from ..tasks.task import Task
+    from ..view.circuit_view import CircuitView
+    from ..view.widget import LiveView
     from .compare import CircuitDiff, Overlap
     from .evaluate import Evaluation
 
@@ -277,6 +279,31 @@ class Circuit:
         return from_mib(Path(path), n_kv_heads, level)
 
     # -- to look at -------------------------------------------------------------------------------------------
+
+    def show(
+        self,
+        model: Model | None = None,
+        task: Task | None = None,
+        *,
+        ablation: Ablation = "mean",
+        reference: Task | None = None,
+        link: LiveView | Sequence[LiveView] = (),
+    ) -> CircuitView:
+        """The circuit as a live graph, layers upwards; see ``view.circuit_of``.
+
+        Args:
+            model, task: the model it was found in and held-out prompts: its nodes then stand at the positions where
+                they do most, and cutting edges and nodes shows what that does to its faithfulness.
+            ablation, reference: as of ``evaluate``.
+            link: views that share what is chosen and in focus, such as ``mk.view.attention(...)``.
+
+        Raises:
+            OptionError: a model without a task, or an empty circuit.
+            MetricError: the model does no better than the empty circuit, so that no fraction is defined.
+        """
+        from ..view.circuit_of import circuit_view
+
+        return circuit_view(self, model, task, ablation=ablation, reference=reference, link=link)
 
     def __len__(self) -> int:
         return len(self.members)

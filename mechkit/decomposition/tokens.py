@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..model import Model
-    from ..view.tokens import ColouredText
+    from ..view.tokens_view import TokensView
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,20 +51,22 @@ class TokenScores(Table):
 
     _things: ClassVar[str] = "tokens and phrases"
 
-    def show(self) -> ColouredText:
-        """The text with its tokens coloured by score, for a notebook; ``to_html()`` is the same as a string."""
-        from ..view.tokens import tokens
+    def show(self) -> TokensView:
+        """The text with its tokens coloured by score, as a live view; ``to_html()`` of it is a page."""
+        from ..view.tokens_view import tokens
 
         return tokens(self)
 
     def plot(self) -> Figure:
         """The coloured text as a matplotlib figure."""
-        from ..view.tokens import token_figure
+        from ..view.coloured_text import token_figure
 
         return token_figure(self)
 
     def _repr_html_(self) -> str:
-        return self.show().to_html()
+        from ..view.coloured_text import ColouredText
+
+        return ColouredText(self).to_html()
 
 
 def token_scores(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import traitlets
@@ -19,7 +19,7 @@ import traitlets
 from ..edits import Edit
 from ..errors import MechkitError, OptionError, SiteError
 from ..sites import HeadSet, heads, site
-from .widget import STATIC, LiveView, script
+from .widget import LiveView, script, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,28 +66,37 @@ class AttentionView(LiveView):
         to_edits: the edits that changes of the page stand for; None: there are none.
         scores: one number a head ``[layers, heads]`` and its unit, as rings.
         compare: there is another prompt to patch from.
+        focus: the head that is large first.
 
     Attributes:
         selection: chosen heads, as text; anything that ``mk.heads`` reads can be assigned.
         head: the head that is shown large.
         map: the name of the map that is shown.
         layer: the one layer that is shown; -1: every one.
+        column: the one head of each layer that is shown; -1: every one; -2: those in ``selection``.
+        order: of the grid, ``"layer"``, or ``"score"`` where there are scores: the largest in size first.
+        token: the token that is locked, from 0; -1: none.
         changes: what is edited, as the page writes it; ``edits`` has it as edits.
         result: what the edits did.
     """
 
-    _esm = script("parts.js", "elements.js", "painting.js", "controls.js", "asking.js", "attention.js")
-    _css = (STATIC / "attention.css").read_text(encoding="utf-8")
-    _exported = tuple("about maps map layer head exact_of exact_values selection changes asked result".split())
+    _esm = script("parts", "elements", "painting", "controls", "asking", "frame", "attention")
+    _css = style("views")
+    _exported = tuple(
+        "about maps map layer column order head token exact_of exact_values selection changes asked result".split()
+    )
+    _shared: ClassVar[dict[str, str]] = {"selection": "selection", "focus": "head", "token": "token"}
 
     about = traitlets.Dict().tag(sync=True)
     maps = traitlets.Bytes().tag(sync=True)
     map = traitlets.Unicode().tag(sync=True)
     layer = traitlets.Int(-1).tag(sync=True)
+    column = traitlets.Int(-1).tag(sync=True)
+    order = traitlets.Unicode("layer").tag(sync=True)
     head = traitlets.Unicode("0.0").tag(sync=True)
     exact_of = traitlets.Unicode("").tag(sync=True)
     exact_values = traitlets.Bytes(b"").tag(sync=True)
-    selection = traitlets.Any([]).tag(sync=True)
+    token = traitlets.Int(-1).tag(sync=True)
     changes = traitlets.List().tag(sync=True)
     asked = traitlets.Int(0).tag(sync=True)
     result = traitlets.Dict().tag(sync=True)
@@ -161,10 +170,32 @@ class AttentionView(LiveView):
         edits = f" Edited: {', '.join(one['head'] for one in self.changes)}." if self.changes else ""
         return f"{self.title}. {layers} layers of {n_heads} heads; head {self.head} is large.{edits}"
 
-    def _for_page(self, name: str) -> Any:
-        if name == "about":
-            return {**self.about, "live": False}
-        return list(self.selection) if name == "selection" else getattr(self, name)
+    def to_circuitsvis(self) -> Any:
+        """What is shown, as ``attention_heads`` of CircuitsVis: the chosen heads, or the layer of the head in focus.
+
+        Of signed maps it gets the values as they are, from ``-limit`` to ``limit``.
+        """
+        from circuitsvis.attention import attention_heads
+
+        one = self._maps[self.map]
+        layer = int(self.head.split(".")[0])
+        names = list(self.selection) or [name for name in self._sites() if name.startswith(f"{layer}.")]
+        chosen = np.stack([one.values[tuple(map(int, name.split(".")))] for name in names])
+        return attention_heads(
+            chosen,
+            self.about["tokens"],
+            attention_head_names=names,
+            max_value=one.limit,
+            min_value=-one.limit if one.signed else 0.0,
+            mask_upper_tri=not one.signed,
+        )
+
+    def _sites(self) -> list[str]:
+        layers, n_heads = self._shape
+        return [f"{layer}.{head}" for layer in range(layers) for head in range(n_heads)]
+
+    def _read_chosen(self, chosen: Any) -> list[str]:
+        return [str(one) for one in self._heads(chosen)]
 
     def _heads(self, addresses: Any) -> HeadSet:
         chosen = heads(addresses)
@@ -173,10 +204,6 @@ class AttentionView(LiveView):
             if one.layer >= layers or (one.head or 0) >= n_heads:
                 raise SiteError(f'"{one}" in the view', expected=f'heads "0.0" to "{layers - 1}.{n_heads - 1}"')
         return chosen
-
-    @traitlets.validate("selection")
-    def _valid_selection(self, proposal: Any) -> list[str]:
-        return [str(one) for one in self._heads(proposal["value"])]
 
     @traitlets.validate("head")
     def _valid_head(self, proposal: Any) -> str:
@@ -187,6 +214,15 @@ class AttentionView(LiveView):
     def _valid_map(self, proposal: Any) -> str:
         if proposal["value"] not in self._maps:
             raise OptionError(f"map = {proposal['value']!r}", expected="one of " + ", ".join(self._maps))
+        return proposal["value"]
+
+    @traitlets.validate("order")
+    def _valid_order(self, proposal: Any) -> str:
+        known = ["layer", *(["score"] if self.about.get("scores") else [])]
+        if proposal["value"] not in known:
+            raise OptionError(
+                f"order = {proposal['value']!r}", expected=" or ".join(known), fix="Make the view with scores="
+            )
         return proposal["value"]
 
     @traitlets.observe("head", "map")

@@ -1,26 +1,27 @@
-"""What every live view has besides its own state: a picture, a sentence, and a page that needs no kernel.
+"""What every live view has besides its own state: a picture, a sentence, a page that needs no kernel, and links.
 
 1. A notebook gets the widget, and beside it ``image/png`` and ``text/plain``, which remain when there is no kernel, or
    when the page is not trusted.
-2. ``to_html`` puts the same JavaScript, and the state that it reads, into one file. Bytes are deflated and written in
-   base64; nothing is fetched from anywhere.
+2. ``to_html`` puts the same JavaScript, and the state that it reads, into one file (``page``).
+3. Views that are linked (``linked``) share what is chosen, what is in focus and which token is locked, each as far as
+   it knows them.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import re
-import zlib
-from html import escape
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import anywidget
-import jinja2
+import traitlets
 
-from ..results import write_whole
+from ..errors import SiteError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,17 +32,27 @@ _IMPORT = re.compile(r"^import \{[^}]*\} from \"\./[\w.]+\";\n", re.MULTILINE)
 
 def script(*names: str) -> str:
     """Modules of ``static/`` as one, in this order: a host loads one text, and a page nothing from beside it."""
-    return "\n".join(_IMPORT.sub("", (STATIC / name).read_text(encoding="utf-8")) for name in names)
+    return "\n".join(_IMPORT.sub("", (STATIC / f"{name}.js").read_text(encoding="utf-8")) for name in names)
+
+
+def style(*names: str) -> str:
+    """Sheets of ``static/`` as one."""
+    return "\n".join((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in names)
 
 
 class LiveView(anywidget.AnyWidget):
     """A widget with a picture, a sentence and a page.
 
-    Subclasses have ``_esm`` and ``_css``, as text, ``_exported``, the names of the traits that a page reads, and what
-    is named below.
+    Subclasses have ``_esm`` and ``_css``, as text, and what is named below.
+
+    Attributes:
+        selection: what is chosen, as text; sites, a text of several, or a ``HeadSet`` can be assigned.
     """
 
-    _exported: tuple[str, ...] = ()
+    _exported: ClassVar[tuple[str, ...]] = ()  # the traits that a page reads
+    _shared: ClassVar[dict[str, str]] = {"selection": "selection"}  # what linked views share: its name, the trait's
+
+    selection = traitlets.Any([]).tag(sync=True)
 
     if TYPE_CHECKING:  # what a subclass has
         _esm: str
@@ -60,9 +71,26 @@ class LiveView(anywidget.AnyWidget):
             """What is seen, in words."""
             ...
 
+    def _sites(self) -> Sequence[str]:
+        """What can be chosen, as text."""
+        return ()
+
+    def _read_chosen(self, chosen: Any) -> list[str]:
+        """What was assigned to ``selection`` as text; here any sites that the view has."""
+        words = chosen.replace(",", " ").split() if isinstance(chosen, str) else [str(one) for one in chosen]
+        known = {*self._sites()}
+        if missing := [one for one in words if one not in known]:
+            raise SiteError(f'"{missing[0]}" in the view', expected="one of its sites: " + _some(self._sites()))
+        return list(dict.fromkeys(words))
+
+    @traitlets.validate("selection")
+    def _valid_selection(self, proposal: Any) -> list[str]:
+        return self._read_chosen(proposal["value"])
+
     def _for_page(self, name: str) -> Any:
         """What a page gets of a trait."""
-        return getattr(self, name)
+        value = getattr(self, name)
+        return {**value, "live": False} if name == "about" else value
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """One page that needs no kernel and no network: all but live edits work in it.
@@ -73,34 +101,64 @@ class LiveView(anywidget.AnyWidget):
         Raises:
             StorageError: the place cannot be written.
         """
-        traits: dict[str, Any] = {}
-        buffers: dict[str, str] = {}
-        for name in self._exported:
-            value = self._for_page(name)
-            if isinstance(value, bytes):
-                buffers[name] = base64.b64encode(zlib.compress(value, 9)).decode()
-            else:
-                traits[name] = value
-        state = json.dumps({"traits": traits, "buffers": buffers}).replace("</", "<\\/")
-        template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(
-            (STATIC / "page.html").read_text(encoding="utf-8")
-        )
-        page = template.render(
-            title=escape(self.title), text=escape(self.sentence()), css=self._css, code=self._esm, state=state
-        )
-        if path is None:
-            return page
-        return write_whole(Path(path), lambda target: target.write_text(page, encoding="utf-8"))
+        from .page import page
+
+        return page(self.title, self.sentence(), [self], path)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
-        made = super()._repr_mimebundle_(**options)
-        if made is None:
-            return None
-        data, metadata = made if isinstance(made, tuple) else (made, {})
-        with io.BytesIO() as buffer:
-            self.picture().savefig(buffer, format="png", dpi=100)
-            png = base64.b64encode(buffer.getvalue()).decode()
-        return {**data, "image/png": png, "text/plain": self.sentence()}, metadata
+        return with_picture(super()._repr_mimebundle_(**options), self.picture(), self.sentence())
 
     def __repr__(self) -> str:
         return self.sentence()
+
+
+def with_picture(made: Any, picture: Figure, sentence: str) -> Any:
+    """What a notebook keeps of a widget, with a picture and a sentence beside it."""
+    if made is None:
+        return None
+    data, metadata = made if isinstance(made, tuple) else (made, {})
+    with io.BytesIO() as buffer, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of an emoji or a script: a box stands for it
+        picture.savefig(buffer, format="png", dpi=100)
+        png = base64.b64encode(buffer.getvalue()).decode()
+    return {**data, "image/png": png, "text/plain": sentence}, metadata
+
+
+def linked(*views: LiveView) -> None:
+    """Let views share what is chosen, in focus and locked; what one of them does not know, it leaves out."""
+    passing = False
+
+    @contextmanager
+    def once() -> Iterator[bool]:
+        nonlocal passing
+        first, passing = not passing, True
+        try:
+            yield first
+        finally:
+            passing = passing and not first
+
+    def follow(view: LiveView, shared: str) -> None:
+        def pass_on(change: Any) -> None:
+            with once() as first:
+                for other in views if first else ():
+                    if other is not view and shared in other._shared:
+                        _give(other, shared, change["new"])
+
+        view.observe(pass_on, view._shared[shared])
+
+    for view in views:
+        for shared in view._shared:
+            follow(view, shared)
+
+
+def _give(view: LiveView, shared: str, value: Any) -> None:
+    known = {*view._sites()}
+    if shared == "selection":
+        value = [one for one in value if one in known]
+    elif shared == "focus" and value not in known:
+        return
+    setattr(view, view._shared[shared], value)
+
+
+def _some(sites: Sequence[str], most: int = 8) -> str:
+    return ", ".join(sites[:most]) + (" …" if len(sites) > most else "")

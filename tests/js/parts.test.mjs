@@ -81,3 +81,32 @@ test("an edit takes the place of another of its head; scale 1 is none", () => {
   assert.deepEqual(view.edited(edits, { head: "2.0", how: "scale", alpha: 1 }), [edits[0]]);
   assert.equal(view.told({ head: "2.0", how: "scale", alpha: 0.5 }), "2.0 × 0.50");
 });
+
+test("heads of the grid: by layer, one head of each layer, the chosen ones, by score", () => {
+  const all = { layers: 3, heads: 2, layer: -1, column: -1, chosen: [], scores: null };
+  assert.deepEqual(view.arranged(all), { rows: [[[0, 0], [0, 1]], [[1, 0], [1, 1]], [[2, 0], [2, 1]]], labelled: true });
+  assert.deepEqual(view.arranged({ ...all, layer: 1 }).rows, [[[1, 0], [1, 1]]]);
+  assert.deepEqual(view.arranged({ ...all, column: 1 }), { rows: [[[0, 1], [1, 1], [2, 1]]], labelled: false });
+  assert.deepEqual(view.arranged({ ...all, column: -2, chosen: ["2.0", "0.1"] }).rows, [[[0, 1], [2, 0]]]);
+  assert.deepEqual(view.arranged({ ...all, column: -2 }).rows, []);
+  const scores = [0.1, -0.9, 0.5, null, 0, 0.2];
+  const { rows } = view.arranged({ ...all, scores });
+  assert.deepEqual(rows.flat(), [[0, 1], [1, 0], [2, 1], [0, 0], [1, 1], [2, 0]]);
+  for (const row of rows) for (const one of row) assert.deepEqual(rows[view.placeOf(rows, one)[0]][view.placeOf(rows, one)[1]], one);
+  assert.equal(view.placeOf(rows, [5, 5]), null);
+});
+
+test("numbers and bytes there and back", () => {
+  for (const share of [-1, -0.5, 0, 0.25, 1]) assert.ok(Math.abs(view.fromByte(view.toByte(share, true), true, 1) - share) < 0.005);
+  assert.equal(view.toByte(-3, false), 0);
+  assert.equal(view.toByte(7, true), 255);
+  assert.equal(view.number(-0.25), "−0.250");
+  assert.equal(view.number(0), "+0.000");
+  assert.equal(view.number(0.00001), "+1.0e-5");
+});
+
+test("what is toggled is added, or taken away where all of it is there", () => {
+  assert.deepEqual(view.toggled(["a"], ["b", "c"]), ["a", "b", "c"]);
+  assert.deepEqual(view.toggled(["a", "b"], ["b", "c"]), ["a", "b", "c"]);
+  assert.deepEqual(view.toggled(["a", "b", "c"], ["b", "c"]), ["a"]);
+});

@@ -10,71 +10,62 @@
 
 import { Asking } from "./asking.js";
 import { editControls, keyList, menu, tokenButtons } from "./controls.js";
-import { answers, bytesOf, editList, isDark, make } from "./elements.js";
-import { mapLayout, paintGrid, paintMap } from "./painting.js";
-import { cellAt, edited, fromByte, fromHalf, gridLayout, moved, palette, visible } from "./parts.js";
+import { answers, bytesOf, make, takenBack } from "./elements.js";
+import { Frame, rendering } from "./frame.js";
+import { mapLayout, paintGrid, paintMap, paintMarks } from "./painting.js";
+import { arranged, cellAt, edited, fromByte, fromHalf, gridLayout, moved, palette, placeOf, told, tokenColour, visible } from "./parts.js";
 
-class View {
+const KEYS = [
+  ["arrows", "move over the heads (Home, End, Page Up, Page Down to the edges)"],
+  ["Space", "choose the head too, or no more"],
+  ["A", "ablate what is chosen, or the head in focus"],
+  ["P", "patch it from the other prompt"],
+  ["- and +", "scale it down or up by a quarter"],
+  ["U", "undo the last edit"],
+  ["0", "undo all edits"],
+  ["[ and ]", "lock the previous or next token"],
+  ["Escape", "unlock the token, choose nothing"],
+];
+
+class AttentionView extends Frame {
   constructor(model, el) {
-    this.model = model;
-    this.el = el;
-    this.lockedToken = null;
+    super(model, el, "attention");
     this.hoverToken = null;
     this.asking = new Asking(model);
     this.build();
-    this.listeners = [];
-    const on = (names, action) => {
-      for (const name of names) {
-        model.on(`change:${name}`, action);
-        this.listeners.push([`change:${name}`, action]);
-      }
-    };
-    on(["about", "maps"], () => this.takeData());
-    on(["map"], () => this.paintAll());
-    on(["layer"], () => this.paintGrid());
-    on(["head", "selection"], () => this.showFocus());
-    on(["exact_values"], () => this.paintFocus());
-    on(["changes"], () => this.showEdits());
-    on(["result"], () => this.showResult());
-    this.resized = new ResizeObserver(() => this.paintAll());
-    this.resized.observe(el);
-    this.theme = matchMedia("(prefers-color-scheme: dark)");
-    this.rethemed = () => this.paintAll();
-    this.theme.addEventListener("change", this.rethemed);
-    this.watched = new MutationObserver(this.rethemed);
-    this.watched.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    this.watch(
+      {
+        "about maps": () => this.takeData(),
+        map: () => this.paintAll(),
+        "layer column order": () => this.paintGrid(),
+        "head selection": () => this.showFocus(),
+        "exact_values token": () => this.paintFocus(),
+        changes: () => this.showEdits(),
+        result: () => this.showResult(),
+      },
+      () => this.paintAll(),
+    );
     this.takeData();
   }
 
-  remove() {
-    this.resized.disconnect();
-    this.watched.disconnect();
-    this.theme.removeEventListener("change", this.rethemed);
-    for (const [name, action] of this.listeners) this.model.off(name, action);
-  }
-
-  get about() {
-    return this.model.get("about");
-  }
-
   get focused() {
-    const [layer, head] = this.model.get("head").split(".").map(Number);
-    return [layer, head];
+    return this.model.get("head").split(".").map(Number);
   }
 
-  set(changes) {
-    for (const [name, value] of Object.entries(changes)) this.model.set(name, value);
-    this.model.save_changes();
+  /** The locked token, or null. */
+  get locked() {
+    const token = this.model.get("token");
+    return token < 0 ? null : token;
   }
 
   build() {
-    this.title = make("h3", { class: "mk-title" });
     this.choices = make("div", { class: "mk-choices" });
     this.grid = make("canvas", { "aria-hidden": "true" });
+    this.marks = make("canvas", { class: "mk-marks", "aria-hidden": "true" });
     this.gridBox = make(
       "div",
       { class: "mk-grid", tabindex: "0", role: "application", "aria-roledescription": "grid of attention heads" },
-      this.grid,
+      make("div", { class: "mk-layers" }, this.grid, this.marks),
     );
     this.large = make("canvas", { "aria-hidden": "true" });
     this.largeBox = make("div", { class: "mk-large" }, this.large);
@@ -83,20 +74,19 @@ class View {
     this.actions = make("div", { class: "mk-actions", role: "group", "aria-label": "edits" });
     this.list = make("ul", { class: "mk-edits", "aria-label": "active edits" });
     this.table = make("div", { class: "mk-result", "aria-live": "polite" });
-    this.help = keyList();
     const side = make("div", { class: "mk-side" }, this.caption, this.largeBox, this.words);
     const live = make("div", { class: "mk-live" }, this.actions, this.list, this.table);
     const body = make("div", { class: "mk-body" }, this.gridBox, side, live);
-    this.root = make("section", { class: "mk-attention" }, this.title, this.choices, body, this.help);
-    this.el.append(this.root);
+    this.root.append(this.choices, body, keyList(KEYS));
     this.gridBox.addEventListener("keydown", (event) => this.keyed(event));
     this.grid.addEventListener("click", (event) => this.clicked(event));
     this.grid.addEventListener("pointermove", (event) => this.pointed(event));
     this.grid.addEventListener("pointerleave", () => this.tip(null));
     this.large.addEventListener("pointermove", (event) => this.pointedLarge(event));
-    this.large.addEventListener("pointerleave", () => this.tip(null));
-    this.hint = make("div", { class: "mk-tip", hidden: true });
-    this.root.append(this.hint);
+    this.large.addEventListener("pointerleave", () => {
+      this.tip(null);
+      this.overToken(null);
+    });
   }
 
   // -- data ---------------------------------------------------------------------------------------------------
@@ -107,7 +97,7 @@ class View {
     this.bytes = bytesOf(this.model.get("maps"));
     this.root.classList.toggle("mk-static", !live);
     this.gridBox.setAttribute("aria-label", `${title}: heads by layer. Arrows move, Enter chooses.`);
-    const told = { over: (i) => this.overToken(i), lock: (i) => this.lock(this.lockedToken === i ? null : i) };
+    const told = { over: (i) => this.overToken(i), lock: (i) => this.lock(this.locked === i ? null : i) };
     this.words.replaceChildren(...tokenButtons(tokens.map(visible), told));
     this.buildChoices();
     this.buildActions();
@@ -116,12 +106,19 @@ class View {
   }
 
   buildChoices() {
-    const { maps, layers } = this.about;
+    const { maps, layers, heads, scores } = this.about;
     const names = maps.map(({ name }) => [name, name]);
-    const each = Array.from({ length: layers }, (_, i) => [i, `layer ${i}`]);
-    this.mapChoice = menu("Map", "map", names, (map) => this.set({ map }));
-    this.layerChoice = menu("Show", "layer", [[-1, "every layer"], ...each], (i) => this.set({ layer: Number(i) }));
-    this.choices.replaceChildren(this.mapChoice.element, this.layerChoice.element);
+    const each = (count, what) => Array.from({ length: count }, (_, i) => [i, `${what} ${i}`]);
+    const orders = [["layer", "by layer"], ...(scores ? [["score", `by ${scores.unit}`]] : [])];
+    const numbered = (name) => (value) => this.set({ [name]: Number(value) });
+    this.menus = {
+      map: menu("Map", "map", names, (map) => this.set({ map })),
+      layer: menu("Layers", "layers", [[-1, "every layer"], ...each(layers, "layer")], numbered("layer")),
+      column: menu("Heads", "heads", [[-1, "every head"], ...each(heads, "head"), [-2, "chosen ones"]], numbered("column")),
+      order: menu("Order", "order", orders, (order) => this.set({ order })),
+    };
+    const shown = Object.entries(this.menus).filter(([name]) => name !== "order" || scores);
+    this.choices.replaceChildren(...shown.map(([, one]) => one.element));
   }
 
   buildActions() {
@@ -152,9 +149,11 @@ class View {
 
   // -- painting -----------------------------------------------------------------------------------------------
 
-  rows() {
-    const layer = this.model.get("layer");
-    return layer >= 0 ? [layer] : Array.from({ length: this.about.layers }, (_, i) => i);
+  /** The heads of the grid, row by row; see `arranged`. */
+  get rows() {
+    const { layers, heads, scores } = this.about;
+    const [layer, column, order] = ["layer", "column", "order"].map((name) => this.model.get(name));
+    return arranged({ layers, heads, layer, column, chosen: this.model.get("selection"), scores: order === "score" && scores?.values });
   }
 
   paintAll() {
@@ -162,23 +161,25 @@ class View {
     this.paintFocus();
   }
 
+  /** The thumbnails where they are not painted yet, and what marks them. */
   paintGrid() {
     const { heads, layers, tokens, maps, scores } = this.about;
     const map = this.mapIndex();
-    const shown = this.rows();
+    const { rows, labelled } = this.rows;
     const size = heads * tokens.length ** 2;
     const wide = this.root.clientWidth || 900;
-    this.layout = gridLayout(wide < 720 ? wide : 0.42 * wide, 620, shown.length, heads);
-    this.mapChoice.select.value = maps[map].name;
-    this.layerChoice.select.value = String(this.model.get("layer"));
-    paintGrid(this.grid, {
-      layout: this.layout,
-      layers: shown,
-      heads,
-      n: tokens.length,
-      strip: (layer) => this.bytes.subarray((map * layers + layer) * size, (map * layers + layer + 1) * size),
-      colours: palette(maps[map].signed, isDark(this.el)),
-      ink: getComputedStyle(this.root).color,
+    const across = Math.max(...rows.map((row) => row.length), 1);
+    this.layout = gridLayout(wide < 720 ? wide : 0.42 * wide, 620, rows.length, across, labelled);
+    for (const [name, one] of Object.entries(this.menus)) one.select.value = String(this.model.get(name));
+    const painting = { layout: this.layout, rows, labelled, heads, ink: this.ink };
+    const sign = JSON.stringify([this.layout, rows, map, this.dark, this.ink, devicePixelRatio]);
+    if (sign !== this.gridIs || this.bytes !== this.bytesAre) {
+      const strip = (layer) => this.bytes.subarray((map * layers + layer) * size, (map * layers + layer + 1) * size);
+      paintGrid(this.grid, { ...painting, n: tokens.length, strip, colours: palette(maps[map].signed, this.dark) });
+      [this.gridIs, this.bytesAre] = [sign, this.bytes];
+    }
+    paintMarks(this.marks, {
+      ...painting,
       scores: scores?.values,
       selected: new Set(this.model.get("selection")),
       changed: new Set(this.model.get("changes").map((edit) => edit.head)),
@@ -197,24 +198,23 @@ class View {
       tokens,
       signed,
       limit,
-      colours: palette(signed, isDark(this.el)),
-      ink: getComputedStyle(this.root).color,
-      row: this.hoverToken ?? this.lockedToken,
+      colours: palette(signed, this.dark),
+      ink: this.ink,
+      row: this.hoverToken ?? this.locked,
     });
     this.paintWords();
   }
 
   paintWords() {
     const { tokens, maps } = this.about;
-    const row = this.hoverToken ?? this.lockedToken;
+    const row = this.hoverToken ?? this.locked;
     const limit = maps[this.mapIndex()].limit || 1;
     Array.from(this.words.children).forEach((word, i) => {
       const seen = row !== null && i <= row;
       const value = seen ? this.values[row * tokens.length + i] : 0;
-      const colour = value < 0 ? "230,159,0" : "0,114,178";
-      word.style.background = value ? `rgba(${colour},${Math.min(0.6, (0.6 * Math.abs(value)) / limit)})` : "";
+      word.style.background = value ? tokenColour(value, limit) : "";
       word.classList.toggle("mk-from", i === row);
-      word.setAttribute("aria-pressed", String(i === this.lockedToken));
+      word.setAttribute("aria-pressed", String(i === this.locked));
       word.title = seen ? `${visible(tokens[i])}: ${value.toFixed(3)}` : visible(tokens[i]);
     });
   }
@@ -239,14 +239,8 @@ class View {
     if (`${layer}.${head}` !== this.model.get("head")) this.set({ head: `${layer}.${head}` });
   }
 
-  choose(name) {
-    const chosen = this.model.get("selection");
-    this.set({ selection: chosen.includes(name) ? chosen.filter((one) => one !== name) : [...chosen, name] });
-  }
-
   lock(token) {
-    this.lockedToken = token;
-    this.paintFocus();
+    this.set({ token: token ?? -1 });
   }
 
   overToken(token) {
@@ -257,8 +251,9 @@ class View {
   // -- pointer and keys -------------------------------------------------------------------------------------
 
   at(event) {
-    const found = cellAt(this.layout, this.rows().length, this.about.heads, event.offsetX, event.offsetY);
-    return found && [this.rows()[found[0]], found[1]];
+    const { rows } = this.rows;
+    const found = cellAt(this.layout, rows.length, rows[0]?.length ?? 0, event.offsetX, event.offsetY);
+    return found && (rows[found[0]][found[1]] ?? null);
   }
 
   clicked(event) {
@@ -287,49 +282,31 @@ class View {
     if (this.hoverToken !== row) this.overToken(row);
   }
 
-  tip(text, event) {
-    this.hint.hidden = text === null;
-    if (text === null) {
-      if (this.hoverToken !== null && !this.words.contains(document.activeElement)) this.overToken(null);
-      return;
-    }
-    const box = this.root.getBoundingClientRect();
-    this.hint.textContent = text;
-    this.hint.style.left = `${Math.min(event.clientX - box.left + 12, box.width - 150)}px`;
-    this.hint.style.top = `${event.clientY - box.top + 14}px`;
-  }
-
   keyed(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const rows = this.rows();
-    const [layer, head] = this.focused;
-    const next = moved(event.key, Math.max(0, rows.indexOf(layer)), head, rows.length, this.about.heads);
+    const { rows } = this.rows;
+    const [row, column] = placeOf(rows, this.focused) ?? [0, 0];
+    const next = moved(event.key, row, column, rows.length, rows[row]?.length ?? 0);
     const { tokens, live } = this.about;
     const alpha = Number(this.slider?.value ?? 1);
-    const actions = {
-      " ": () => this.choose(`${layer}.${head}`),
-      Enter: () => this.choose(`${layer}.${head}`),
-      "[": () => this.lock(Math.max(0, (this.lockedToken ?? tokens.length) - 1)),
-      "]": () => this.lock(Math.min(tokens.length - 1, (this.lockedToken ?? -1) + 1)),
-      Escape: () => {
-        this.lock(null);
-        this.set({ selection: [] });
-      },
+    const choose = () => this.choose(this.model.get("head"));
+    const louder = () => this.edit("scale", Math.min(2, alpha + 0.25));
+    this.pressed(event, {
+      " ": choose,
+      Enter: choose,
+      "[": () => this.lock(Math.max(0, (this.locked ?? tokens.length) - 1)),
+      "]": () => this.lock(Math.min(tokens.length - 1, (this.locked ?? -1) + 1)),
+      Escape: () => this.set({ selection: [], token: -1 }),
       ...(live && {
         a: () => this.edit("ablate"),
         p: () => this.about.compare && this.edit("patch"),
         "-": () => this.edit("scale", Math.max(-1, alpha - 0.25)),
-        "+": () => this.edit("scale", Math.min(2, alpha + 0.25)),
-        "=": () => this.edit("scale", Math.min(2, alpha + 0.25)),
+        "+": louder,
+        "=": louder,
         u: () => this.undo(),
         0: () => this.ask([]),
       }),
-    };
-    const action = next ? () => this.focus(rows[next[0]], next[1]) : actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-    if (!action) return;
-    event.preventDefault();
-    event.stopPropagation(); // the notebook has keys of its own
-    action();
+      ...(next && { [event.key]: () => this.focus(...(rows[next[0]][next[1]] ?? rows[next[0]].at(-1))) }),
+    });
   }
 
   // -- edits ------------------------------------------------------------------------------------------------
@@ -352,7 +329,7 @@ class View {
 
   showEdits() {
     const without = (edit) => this.ask(this.asking.edits.filter((one) => one.head !== edit.head));
-    this.list.replaceChildren(...editList(this.model.get("changes"), without));
+    this.list.replaceChildren(...takenBack(this.model.get("changes"), told, without));
     this.showFocus();
   }
 
@@ -363,9 +340,4 @@ class View {
   }
 }
 
-export function render({ model, el }) {
-  const view = new View(model, el);
-  return () => view.remove();
-}
-
-export default { render };
+export default rendering(AttentionView);

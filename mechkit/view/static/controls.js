@@ -2,22 +2,10 @@
 
 import { make } from "./elements.js";
 
-const KEYS = [
-  ["arrows", "move over the heads (Home, End, Page Up, Page Down to the edges)"],
-  ["Space", "choose the head too, or no more"],
-  ["A", "ablate what is chosen, or the head in focus"],
-  ["P", "patch it from the other prompt"],
-  ["- and +", "scale it down or up by a quarter"],
-  ["U", "undo the last edit"],
-  ["0", "undo all edits"],
-  ["[ and ]", "lock the previous or next token"],
-  ["Escape", "unlock the token, choose nothing"],
-];
-
-/** The keys, folded away. */
-export function keyList() {
-  const keys = make("dl", {}, ...KEYS.flatMap(([key, what]) => [make("dt", {}, key), make("dd", {}, what)]));
-  return make("details", { class: "mk-help" }, make("summary", {}, "Keys"), keys);
+/** Keys and what they do, folded away. */
+export function keyList(keys) {
+  const list = make("dl", {}, ...keys.flatMap(([key, what]) => [make("dt", {}, key), make("dd", {}, what)]));
+  return make("details", { class: "mk-help" }, make("summary", {}, "Keys"), list);
 }
 
 /** A labelled menu of [value, text]. */
@@ -27,10 +15,11 @@ export function menu(label, name, options, chosen) {
   return { element: make("label", {}, `${label} `, select), select };
 }
 
+const button = (text, key, action) =>
+  make("button", { type: "button", "aria-keyshortcuts": key, title: `${text} (${key})`, onclick: action }, text);
+
 /** Buttons and a slider for edits; edit(how, alpha), undo() and clear() carry them out. */
 export function editControls(compare, { edit, undo, clear }) {
-  const button = (text, key, action) =>
-    make("button", { type: "button", "aria-keyshortcuts": key, title: `${text} (${key})`, onclick: action }, text);
   const range = { type: "range", min: "-1", max: "2", step: "0.25", value: "1", "aria-label": "scale" };
   const slider = make("input", { ...range, onchange: () => edit("scale", Number(slider.value)) });
   const elements = [
@@ -41,6 +30,22 @@ export function editControls(compare, { edit, undo, clear }) {
     button("Undo all", "0", clear),
   ];
   return { elements, slider };
+}
+
+/** What can be done to a circuit: a slider over its size, cuts, groups. */
+export function circuitControls({ size, cut, undo, clear, group }) {
+  const range = { type: "range", min: "0", step: "1", "aria-label": "members left in" };
+  const slider = make("input", { ...range, oninput: () => size(Number(slider.value)) });
+  const entered = (event) => event.key === "Enter" && group();
+  const name = make("input", { class: "mk-name", "aria-label": "name of a group", placeholder: "name", onkeydown: entered });
+  const elements = [
+    make("label", {}, "Size ", slider, make("output", {})),
+    button("Cut", "X", cut),
+    button("Undo", "U", undo),
+    button("Undo all", "0", clear),
+    make("span", { class: "mk-together" }, name, button("Group", "G", group)),
+  ];
+  return { elements, slider, name };
 }
 
 /** The tokens as buttons; over(i or null) and lock(i) are told. */

@@ -1,6 +1,6 @@
 // Small pieces of the page: elements, the table of next tokens, the list of edits, light or dark.
 
-import { told, visible } from "./parts.js";
+import { visible } from "./parts.js";
 
 /** An element with attributes (those that begin with "on" are listeners) and children. */
 export function make(tag, attributes = {}, ...children) {
@@ -51,10 +51,24 @@ export function answers({ rows, metric, error }) {
   return parts;
 }
 
-/** The active edits, each with a button that takes it back. */
-export function editList(edits, takeBack) {
-  return edits.map((edit) => {
-    const action = { type: "button", "aria-label": `undo: ${told(edit)}`, onclick: () => takeBack(edit) };
-    return make("li", {}, told(edit), " ", make("button", action, "×"));
+/** What is changed, each with a button that takes it back; told(one) is what it is called. */
+export function takenBack(changes, told, takeBack) {
+  return changes.map((one) => {
+    const action = { type: "button", "aria-label": `undo: ${told(one)}`, onclick: () => takeBack(one) };
+    return make("li", {}, told(one), " ", make("button", action, "×"));
   });
+}
+
+/** How faithful a circuit is: an error, faithfulness before and now, its interval, and the metric it stands for. */
+export function faithfulnessTold({ faithfulness, low, high, metric, model, error }, whole) {
+  const parts = [];
+  if (error) parts.push(make("p", { class: "mk-error" }, error));
+  if (faithfulness === undefined) return parts;
+  const first = whole === undefined ? "" : `${whole.toFixed(3)} → `;
+  parts.push(make("p", { class: "mk-metric" }, `faithfulness: ${first}${faithfulness.toFixed(3)}`));
+  const told = [];
+  if (low !== undefined) told.push(`95% interval ${low.toFixed(2)} to ${high.toFixed(2)}`);
+  if (metric !== undefined) told.push(`metric ${metric.toFixed(3)}, of the model ${model.toFixed(3)}`);
+  if (told.length) parts.push(make("p", { class: "mk-note" }, told.join("; ")));
+  return parts;
 }

@@ -1,11 +1,7 @@
 // Heads on canvases: the grid of all of them, and one large. Given numbers and places, no state.
 
-import { painted, shortened, visible } from "./parts.js";
+import { MARKS, painted, shortened, toByte, visible } from "./parts.js";
 
-const FOCUS = "#E69F00";
-const FOR = "#0072B2";
-const AGAINST = "#D55E00";
-const EDITED = "#CC3311";
 export const LABELLED = 40; // tokens at most that are written on the axes
 
 /** A canvas of this many CSS pixels, as sharp as the screen is. */
@@ -26,54 +22,76 @@ function framed(context, x, y, size, colour, width) {
   context.strokeRect(x, y, size, size);
 }
 
+/** Call draw(layer, head, x, y) for every thumbnail, where it stands. */
+function placed({ margin, step, fall, caption }, rows, draw) {
+  rows.forEach((row, i) => row.forEach(([layer, head], j) => draw(layer, head, margin + j * step, margin + i * fall + caption)));
+}
+
 /**
  * Every head as a thumbnail.
  *
- * layout: of gridLayout. layers: which are shown. heads: how many a layer. n: tokens.
- * strip(layer): the bytes of a layer's heads. colours: a palette. ink: for numbers and frames.
- * scores: one a head or null. selected, changed: sets of "layer.head". focused: [layer, head].
+ * layout: of gridLayout. rows: of [layer, head]; labelled: they are layers. heads: how many a layer. n: tokens.
+ * strip(layer): the bytes of a layer's heads. colours: a palette. ink: for numbers.
  */
-export function paintGrid(canvas, { layout, layers, heads, n, strip, colours, ink, scores, selected, changed, focused }) {
+export function paintGrid(canvas, { layout, rows, labelled, heads, n, strip, colours, ink }) {
   const { cell, step, margin } = layout;
   const context = sharp(canvas, layout.width, layout.height);
   context.clearRect(0, 0, layout.width, layout.height);
   context.fillStyle = ink;
-  context.font = "11px sans-serif";
+  context.font = labelled ? "11px sans-serif" : "9px sans-serif";
   context.textAlign = "center";
   context.textBaseline = "middle";
-  const every = cell >= 16 ? 1 : Math.ceil(18 / step);
-  for (let head = 0; head < heads; head += every) context.fillText(head, margin + head * step + cell / 2, margin / 2);
-  for (let i = 0; i < layers.length; i += every) context.fillText(layers[i], margin / 2, margin + i * step + cell / 2);
+  if (labelled) {
+    const every = cell >= 16 ? 1 : Math.ceil(18 / step);
+    const columns = Math.max(...rows.map((row) => row.length), 0);
+    for (let j = 0; j < columns; j += every) context.fillText(rows[0][j][1], margin + j * step + cell / 2, margin / 2);
+    for (let i = 0; i < rows.length; i += every) context.fillText(rows[i][0][0], margin / 2, margin + i * step + cell / 2);
+  } else if (cell >= 20) {
+    placed(layout, rows, (layer, head, x, y) => context.fillText(`${layer}.${head}`, x + cell / 2, y - 6));
+  }
   const column = new OffscreenCanvas(n, n * heads);
   context.imageSmoothingEnabled = cell < n;
-  const largest = scores ? Math.max(...scores.map((value) => Math.abs(value ?? 0))) || 1 : 1;
-  layers.forEach((layer, i) => {
-    const bytes = strip(layer);
-    if (bytes.length < heads * n * n) return;
-    column.getContext("2d").putImageData(new ImageData(painted(bytes, colours), n, n * heads), 0, 0);
-    const y = margin + i * step;
-    for (let head = 0; head < heads; head++) {
-      const x = margin + head * step;
-      context.drawImage(column, 0, head * n, n, n, x, y, cell, cell);
-      const value = scores ? scores[layer * heads + head] : null;
-      if (value !== null && Math.abs(value) > 0.02 * largest) {
-        context.setLineDash(value > 0 ? [] : [3, 2]);
-        framed(context, x - 0.5, y - 0.5, cell + 1, value > 0 ? FOR : AGAINST, 1 + (2 * Math.abs(value)) / largest);
-        context.setLineDash([]);
-      }
-      if (selected.has(`${layer}.${head}`)) framed(context, x, y, cell, ink, 1.5);
-      if (changed.has(`${layer}.${head}`)) {
-        context.strokeStyle = EDITED;
-        context.lineWidth = 1.5;
-        context.beginPath();
-        context.moveTo(x + 1, y + 1);
-        context.lineTo(x + cell - 1, y + cell - 1);
-        context.stroke();
-      }
+  let filled = -1;
+  placed(layout, rows, (layer, head, x, y) => {
+    if (layer !== filled) {
+      const bytes = strip(layer);
+      if (bytes.length < heads * n * n) return;
+      column.getContext("2d").putImageData(new ImageData(painted(bytes, colours), n, n * heads), 0, 0);
+      filled = layer;
     }
+    context.drawImage(column, 0, head * n, n, n, x, y, cell, cell);
   });
-  const row = layers.indexOf(focused[0]);
-  if (row >= 0) framed(context, margin + focused[1] * step - 1, margin + row * step - 1, cell + 2, FOCUS, 2.5);
+}
+
+/**
+ * What marks thumbnails, over them: rings by score, what is chosen, edited and in focus.
+ *
+ * scores: one a head or null. selected, changed: sets of "layer.head". focused: [layer, head].
+ */
+export function paintMarks(canvas, { layout, rows, heads, ink, scores, selected, changed, focused }) {
+  const { cell } = layout;
+  const context = sharp(canvas, layout.width, layout.height);
+  context.clearRect(0, 0, layout.width, layout.height);
+  const largest = scores ? Math.max(...scores.map((value) => Math.abs(value ?? 0))) || 1 : 1;
+  placed(layout, rows, (layer, head, x, y) => {
+    const name = `${layer}.${head}`;
+    const value = scores ? scores[layer * heads + head] : null;
+    if (value !== null && Math.abs(value) > 0.02 * largest) {
+      context.setLineDash(value > 0 ? [] : [3, 2]);
+      framed(context, x - 0.5, y - 0.5, cell + 1, value > 0 ? MARKS.for : MARKS.against, 1 + (2 * Math.abs(value)) / largest);
+      context.setLineDash([]);
+    }
+    if (selected.has(name)) framed(context, x, y, cell, ink, 1.5);
+    if (changed.has(name)) {
+      context.strokeStyle = MARKS.edited;
+      context.lineWidth = 1.5;
+      context.beginPath();
+      context.moveTo(x + 1, y + 1);
+      context.lineTo(x + cell - 1, y + cell - 1);
+      context.stroke();
+    }
+    if (layer === focused[0] && head === focused[1]) framed(context, x - 1, y - 1, cell + 2, MARKS.focus, 2.5);
+  });
 }
 
 /** How large the map of one head is in so much room, and the margin for tokens on its axes. */
@@ -92,17 +110,14 @@ export function paintMap(canvas, { layout, values, tokens, signed, limit, colour
   const { margin, side } = layout;
   const n = tokens.length;
   const context = sharp(canvas, side + margin, side + margin);
-  const bytes = Uint8Array.from(values, (value) => {
-    const share = Math.max(-1, Math.min(1, value / (limit || 1)));
-    return signed ? 128 + Math.round(127 * share) : Math.round(255 * Math.max(0, share));
-  });
+  const bytes = Uint8Array.from(values, (value) => toByte(value / (limit || 1), signed));
   const one = new OffscreenCanvas(n, n);
   one.getContext("2d").putImageData(new ImageData(painted(bytes, colours), n, n), 0, 0);
   context.imageSmoothingEnabled = false;
   context.drawImage(one, margin, 0, side, side);
   if (margin) label(context, layout, tokens, ink);
   if (row !== null) {
-    context.strokeStyle = FOCUS;
+    context.strokeStyle = MARKS.focus;
     context.lineWidth = 2;
     context.strokeRect(margin, (row * side) / n, side, side / n);
   }

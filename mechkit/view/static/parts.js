@@ -1,5 +1,8 @@
 // Pure functions of the views: numbers, colours, places, words. Tested under Node (tests/js).
 
+/** Colours of marks, told apart by colour-blind readers; what they mean is also drawn or written. */
+export const MARKS = { focus: "#E69F00", for: "#0072B2", against: "#D55E00", edited: "#CC3311" };
+
 /** Half-precision bits to numbers. */
 export function fromHalf(bits) {
   const out = new Float32Array(bits.length);
@@ -20,19 +23,57 @@ export function fromByte(byte, signed, limit) {
   return signed ? ((byte - 128) / 127) * limit : (byte / 255) * limit;
 }
 
-/** Where heads stand in a grid: layers down, heads across; as large as fits, and no smaller than can be seen. */
-export function gridLayout(width, height, layers, heads, margin = 26, gap = 2) {
-  const across = Math.floor((width - margin) / heads) - gap;
-  const down = Math.floor((height - margin) / layers) - gap;
+/** A share from -1 to 1 (signed) or 0 to 1 as a byte; the reverse of fromByte. */
+export function toByte(share, signed) {
+  const inside = Math.max(signed ? -1 : 0, Math.min(1, share));
+  return signed ? 128 + Math.round(127 * inside) : Math.round(255 * inside);
+}
+
+/**
+ * Which heads a grid shows, row by row: [layer, head], and whether rows and columns are layers and heads.
+ *
+ * layer, column: only that layer, only that head of each; -1: all. column -2: the chosen ones ("layer.head").
+ * scores: one a head, or null: the largest in size first.
+ */
+export function arranged({ layers, heads, layer, column, chosen, scores }) {
+  const count = (n) => Array.from({ length: n }, (_, i) => i);
+  const picked = new Set(chosen);
+  const kept = (l, h) => (layer < 0 || l === layer) && (column === -2 ? picked.has(`${l}.${h}`) : column < 0 || h === column);
+  const rows = count(layers).map((l) => count(heads).filter((h) => kept(l, h)).map((h) => [l, h]));
+  if (!scores && column === -1) return { rows: rows.filter((row) => row.length), labelled: true };
+  const flat = rows.flat();
+  const size = ([l, h]) => Math.abs(scores[l * heads + h] ?? 0);
+  if (scores) flat.sort((one, other) => size(other) - size(one));
+  const wide = Math.max(6, Math.ceil(Math.sqrt(1.2 * flat.length)));
+  return { rows: count(Math.ceil(flat.length / wide)).map((i) => flat.slice(i * wide, (i + 1) * wide)), labelled: false };
+}
+
+/** Where a head stands among rows of heads: [row, column], or null. */
+export function placeOf(rows, [layer, head]) {
+  for (const [row, one] of rows.entries()) {
+    const column = one.findIndex(([l, h]) => l === layer && h === head);
+    if (column >= 0) return [row, column];
+  }
+  return null;
+}
+
+/**
+ * Where thumbnails stand: as large as fits, and no smaller than can be seen. Beside them there is a margin for numbers
+ * of layers and heads; where these are no rows and columns, each thumbnail has a caption above it instead.
+ */
+export function gridLayout(width, height, rows, columns, labelled = true) {
+  const [margin, gap, caption] = labelled ? [26, 2, 0] : [4, 2, 13];
+  const across = Math.floor((width - margin) / columns) - gap;
+  const down = Math.floor((height - margin) / rows) - gap - caption;
   const cell = Math.max(8, Math.min(72, across, Math.max(24, down)));
-  const step = cell + gap;
-  return { cell, step, margin, width: margin + heads * step, height: margin + layers * step };
+  const [step, fall] = [cell + gap, cell + gap + caption];
+  return { cell, step, fall, margin, caption, width: margin + columns * step, height: margin + rows * fall };
 }
 
 /** The [row, column] of a grid at a point, or null. */
-export function cellAt(layout, rows, columns, x, y) {
-  const column = Math.floor((x - layout.margin) / layout.step);
-  const row = Math.floor((y - layout.margin) / layout.step);
+export function cellAt({ margin, step, fall }, rows, columns, x, y) {
+  const column = Math.floor((x - margin) / step);
+  const row = Math.floor((y - margin) / fall);
   return row >= 0 && row < rows && column >= 0 && column < columns ? [row, column] : null;
 }
 
@@ -71,6 +112,11 @@ export function painted(bytes, colours) {
   return new Uint8ClampedArray(pixels.buffer);
 }
 
+/** The colour behind a token with a score: blue for, orange against, half transparent so that text stays readable. */
+export function tokenColour(score, limit) {
+  return `rgba(${score < 0 ? "230,159,0" : "0,114,178"},${Math.min(0.6, (0.6 * Math.abs(score)) / (limit || 1)).toFixed(3)})`;
+}
+
 /** A token as it can be seen: line ends, tabs and other controls named, blanks shown where there is nothing else. */
 export function visible(token) {
   const named = { "\n": "⏎", "\t": "⇥", "\r": "␍" };
@@ -95,4 +141,16 @@ export function told(edit) {
   if (edit.how === "ablate") return `${edit.head} ablated`;
   if (edit.how === "patch") return `${edit.head} from the other prompt`;
   return `${edit.head} × ${Number(edit.alpha).toFixed(2)}`;
+}
+
+/** A number with three figures and its sign. */
+export function number(value) {
+  const text = Math.abs(value) >= 0.001 || value === 0 ? Math.abs(value).toFixed(3) : Math.abs(value).toExponential(1);
+  return `${value < 0 ? "−" : "+"}${text}`;
+}
+
+/** A list with some more, or without them where it had them all. */
+export function toggled(list, some) {
+  if (some.every((one) => list.includes(one))) return list.filter((one) => !some.includes(one));
+  return [...list, ...some.filter((one) => !list.includes(one))];
 }

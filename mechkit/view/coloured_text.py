@@ -1,4 +1,4 @@
-"""A text with its tokens coloured by score: as HTML, as a figure, as plain text.
+"""A text with its tokens coloured by score: as a piece of HTML, as a figure, as plain text.
 
 Blue is for the answer and orange against it, which colour-blind readers can tell apart; what is against it is also
 underlined by dots. Colours lie half transparent on whatever the page has, so that its own text colour stays readable
@@ -70,11 +70,6 @@ class ColouredText:
         return list(zip(frame["kind"], frame["token"], frame["score"], frame["rest"], strict=True))
 
 
-def tokens(scores: TokenScores) -> ColouredText:
-    """The text of token scores, its tokens coloured: blue for the answer, orange against it."""
-    return ColouredText(scores)
-
-
 def token_figure(scores: TokenScores) -> Figure:
     """The coloured text as a figure: each token with its score below it, then each phrase on a line of its own."""
     from matplotlib.patches import Rectangle
@@ -98,7 +93,7 @@ def token_figure(scores: TokenScores) -> Figure:
             Rectangle((column, row + 0.06), width - 0.3, 0.86, color=colour, alpha=_DENSEST * abs(score) / limit, lw=0)
         )
         middle = column + (width - 0.3) / 2
-        axes.text(middle, row + 0.36, token, ha="center", va="center", fontsize=8, family="monospace")
+        axes.text(middle, row + 0.36, token, ha="center", va="center", fontsize=8, family=["monospace", "sans-serif"])
         axes.text(middle, row + 0.74, f"{score:+.2f}", ha="center", va="center", fontsize=6, color="#333333")
     axes.set_xlim(0, columns)
     axes.set_ylim(row + 1, 0)

@@ -1,0 +1,103 @@
+// What every view does beside its own picture: listens to its state, follows size and theme, shows a tip at the pointer.
+
+import { isDark, make } from "./elements.js";
+
+/** Base of the views. A subclass builds its elements into `this.root`, then calls `watch`. */
+export class Frame {
+  /**
+   * model: the host's model object. el: where the view goes. name: of the view, for styles.
+   */
+  constructor(model, el, name) {
+    this.model = model;
+    this.el = el;
+    this.listeners = [];
+    this.title = make("h3", { class: "mk-title" });
+    this.root = make("section", { class: `mk-view mk-${name}` }, this.title);
+    this.hint = make("div", { class: "mk-tip", hidden: true });
+    this.root.append(this.hint);
+    el.append(this.root);
+  }
+
+  /** Paint when these traits change ({"name other": action}), when there is more or less room, and when it gets dark. */
+  watch(actions, repaint) {
+    for (const [names, action] of Object.entries(actions)) {
+      for (const name of names.split(" ")) this.on(`change:${name}`, action);
+    }
+    this.resized = new ResizeObserver(() => {
+      if (this.root.clientWidth !== this.painted) repaint();
+      this.painted = this.root.clientWidth;
+    });
+    this.resized.observe(this.el);
+    this.theme = matchMedia("(prefers-color-scheme: dark)");
+    this.rethemed = () => repaint();
+    this.theme.addEventListener("change", this.rethemed);
+    this.watched = new MutationObserver(this.rethemed);
+    this.watched.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+  }
+
+  on(event, action) {
+    this.model.on(event, action);
+    this.listeners.push([event, action]);
+  }
+
+  remove() {
+    this.resized?.disconnect();
+    this.watched?.disconnect();
+    this.theme?.removeEventListener("change", this.rethemed);
+    for (const [event, action] of this.listeners) this.model.off(event, action);
+  }
+
+  get about() {
+    return this.model.get("about");
+  }
+
+  get dark() {
+    return isDark(this.el);
+  }
+
+  get ink() {
+    return getComputedStyle(this.root).color;
+  }
+
+  /** Set traits, and tell the other side. */
+  set(changes) {
+    for (const [name, value] of Object.entries(changes)) this.model.set(name, value);
+    this.model.save_changes();
+  }
+
+  /** Choose a site, or no longer. */
+  choose(name) {
+    const chosen = this.model.get("selection");
+    this.set({ selection: chosen.includes(name) ? chosen.filter((one) => one !== name) : [...chosen, name] });
+  }
+
+  /** Show a text beside the pointer; null: none. */
+  tip(text, event) {
+    this.hint.hidden = text === null;
+    if (text === null) return;
+    const box = this.root.getBoundingClientRect();
+    this.hint.textContent = text;
+    this.hint.style.left = `${Math.max(0, Math.min(event.clientX - box.left + 12, box.width - 170))}px`;
+    this.hint.style.top = `${event.clientY - box.top + 14}px`;
+  }
+
+  /** Do what a key stands for ({key: action}); the notebook, which has keys of its own, does not get it then. */
+  pressed(event, actions) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (!action) return;
+    event.preventDefault();
+    event.stopPropagation();
+    action();
+  }
+}
+
+/** What a host calls, for a view of this class. */
+export function rendering(View) {
+  return {
+    render({ model, el }) {
+      const view = new View(model, el);
+      return () => view.remove();
+    },
+  };
+}
