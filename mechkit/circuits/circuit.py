@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -14,10 +13,9 @@ from ..errors import OptionError, UnsupportedError
 from ..graph import ARROW, Edge, EdgeLike, Graph, edge
 from ..results import Scores, as_html
 from ..sites import HeadSet, Site, SiteLike, site
+from .exchanged import Exchanged
 
 if TYPE_CHECKING:
-    from networkx import MultiDiGraph
-
     from ..edits import Ablation
     from ..model import Model
     from ..tasks.task import Task
@@ -31,7 +29,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Exchanged):
     """A set of nodes, or of edges, in the order in which they were found.
 
     ``a | b``, ``a & b``, ``a - b``, ``a ^ b`` and ``a <= b`` are those of its edges, or of its nodes at node level;
@@ -226,57 +224,6 @@ class Circuit:
         from .algebra import combine
 
         return combine(self, other, sign)
-
-    # -- files and other tools --------------------------------------------------------------------------------
-
-    def to_json(self, path: str | Path) -> Path:
-        """Write the circuit, its scores and its provenance; whole or not at all.
-
-        Raises:
-            StorageError: the place cannot be written.
-        """
-        from .exchange import to_json
-
-        return to_json(self, Path(path))
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> Circuit:
-        """Read what ``to_json`` wrote, now or in version 1.
-
-        Raises:
-            StorageError: no such file, or one that holds no circuit.
-        """
-        from .exchange import from_json
-
-        return from_json(Path(path))
-
-    def to_networkx(self, model: Model | None = None) -> MultiDiGraph:
-        """The circuit as a directed graph of networkx; see ``circuits.exchange``."""
-        from .exchange import to_networkx
-
-        return to_networkx(self, model)
-
-    @classmethod
-    def from_networkx(cls, graph: Any, model: Model | None = None) -> Circuit:
-        """Read a directed graph of networkx; see ``circuits.exchange``."""
-        from .exchange import from_networkx
-
-        return from_networkx(graph, model)
-
-    def to_mib(self, path: str | Path, model: Model | None = None) -> Path:
-        """Write the circuit as the circuit track of MIB reads it, ``.json`` or ``.pt``; see ``circuits.mib``."""
-        from .mib import to_mib
-
-        return to_mib(self, Path(path), model)
-
-    @classmethod
-    def from_mib(
-        cls, path: str | Path, n_kv_heads: int | None = None, level: Literal["node", "edge"] | None = None
-    ) -> Circuit:
-        """Read a circuit of the circuit track of MIB, ``.json`` or ``.pt``; see ``circuits.mib``."""
-        from .mib import from_mib
-
-        return from_mib(Path(path), n_kv_heads, level)
 
     # -- to look at -------------------------------------------------------------------------------------------
 

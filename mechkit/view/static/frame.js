@@ -16,6 +16,7 @@ export class Frame {
     this.hint = make("div", { class: "mk-tip", hidden: true });
     this.root.append(this.hint);
     el.append(this.root);
+    this.root.addEventListener("keydown", keepKeys);
   }
 
   /** Paint when these traits change ({"name other": action}), when there is more or less room, and when it gets dark. */
@@ -81,15 +82,19 @@ export class Frame {
     this.hint.style.top = `${event.clientY - box.top + 14}px`;
   }
 
-  /** Do what a key stands for ({key: action}); the notebook, which has keys of its own, does not get it then. */
+  /** Do what a key stands for ({key: action}). */
   pressed(event, actions) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!action) return;
     event.preventDefault();
-    event.stopPropagation();
     action();
   }
+}
+
+/** A notebook has keys of its own, and would take those that are typed in a view: only those with Ctrl and the like pass. */
+function keepKeys(event) {
+  if (!event.ctrlKey && !event.metaKey && !event.altKey && !(event.shiftKey && event.key === "Enter")) event.stopPropagation();
 }
 
 /** What a host calls, for a view of this class. */
