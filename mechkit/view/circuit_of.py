@@ -92,6 +92,7 @@ def circuit_view_data(
     check_circuit(circuit, model)
     drawn, edges_by = _edges(circuit, model, task, edges)
     ends = {EMBED, LOGITS} if model else {one for pair in drawn for one in (pair.source, pair.target)}
+    graph = (model.graph(is_ungrouped(circuit)) if model else circuit.graph) if drawn else None
     columns, columns_by, places = _columns(circuit.nodes, model, task)
     order, table = _orders(circuit), circuit.node_scores
     rows, records = row_places(table), table.frame.to_dict("records")
@@ -112,7 +113,7 @@ def circuit_view_data(
         )
     return {
         "nodes": nodes,
-        "edges": _rows(circuit, drawn, order, model.graph(is_ungrouped(circuit)) if model else circuit.graph),
+        "edges": _rows(circuit, drawn, order, graph),
         "columns": columns,
         "columns_by": columns_by,
         "edges_by": edges_by,
@@ -153,8 +154,8 @@ def _edges(circuit: Circuit, model: Model | None, task: Task | None, most: int) 
         return {one: _number(value) for one, value in zip(circuit.edges, values, strict=True)}, ""
     if model is None or task is None:
         return {}, "A circuit of nodes says nothing of edges; circuit.show(model, task) scores them."
-    graph = model.graph(is_ungrouped(circuit))
     try:
+        graph = model.graph(is_ungrouped(circuit))
         scores = score_edges(model, task, method="eap", ungroup=graph.ungrouped, progress=False)
     except (MetricError, UnsupportedError) as error:  # all else can be shown without
         return {}, f"No edges are drawn, as EAP cannot score them: {error}"
@@ -187,7 +188,7 @@ def _rows(
                 "source": str(one.source),
                 "readers": [str(node) for node in readers],
                 "slot": one.target.kind,
-                "score": score or 0.0,
+                "score": score or 0.0,  # lines are added up, so one without a score counts nothing
                 "order": i if circuit.level == "edge" else among,
             }
         )
