@@ -146,9 +146,8 @@ def explore(
     first = shown.site if shown.site in {str(head) for head in model.heads()} else None
     seen = attention(model, one, scores=table if "z" in set(table.frame["kind"]) else None, focus=first)
     coloured, without = _tokens(model, one)
-    return Explorer(
-        f"{task.name} in {model.name}", shown, seen, circuit_view(circuit, model, held_out), coloured, without
-    )
+    graph = circuit_view(circuit, model, held_out, reference=task)  # means over all prompts: few share a template
+    return Explorer(f"{task.name} in {model.name}", shown, seen, graph, coloured, without)
 
 
 def _tokens(model: Model, one: Task) -> tuple[TokensView | None, str]:

@@ -49,7 +49,7 @@ class ScoresView(LiveView):
         what = [str(one) for one in (scores.meta.get("method"), task, model) if one]
         super().__init__(
             about={
-                "title": "Scores of " + (", ".join(what) or f"{len(cells)} sites"),
+                "title": ": ".join(["Scores", *([", ".join(what)] if what else [])]),
                 "unit": scores.unit,
                 "rows": [f"{down} {i}" if down in ("head", "position") else down for i in range(grid.shape[1])],
                 "columns": list(range(grid.shape[0])),

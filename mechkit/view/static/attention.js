@@ -171,7 +171,7 @@ class AttentionView extends Frame {
     const across = Math.max(...rows.map((row) => row.length), 1);
     this.layout = gridLayout(wide < 720 ? wide : 0.42 * wide, 620, rows.length, across, labelled);
     for (const [name, one] of Object.entries(this.menus)) one.select.value = String(this.model.get(name));
-    const painting = { layout: this.layout, rows, labelled, heads, ink: this.ink };
+    const painting = { layout: this.layout, rows, labelled, heads, ink: this.ink, dark: this.dark };
     const sign = JSON.stringify([this.layout, rows, map, this.dark, this.ink, devicePixelRatio]);
     if (sign !== this.gridIs || this.bytes !== this.bytesAre) {
       const strip = (layer) => this.bytes.subarray((map * layers + layer) * size, (map * layers + layer + 1) * size);

@@ -107,6 +107,7 @@ class CircuitView extends Frame {
       lines: this.lines,
       columns: this.about.columns,
       ink: this.ink,
+      dark: this.dark,
       paper: probe || (this.dark ? "#16181d" : "#ffffff"),
       selected: new Set(this.model.get("selection")),
       focus: this.focus?.name,
@@ -124,7 +125,7 @@ class CircuitView extends Frame {
     if (!curve.length) return;
     const { answered, faithfulness } = this.model.get("result") ?? {};
     const now = this.about.live && answered !== undefined ? (faithfulness ?? null) : cuts.length ? null : this.known(size);
-    paintCurve(this.curve, { width: Math.min(320, this.side.clientWidth || 280), points: curve, size, now, ink: this.ink });
+    paintCurve(this.curve, { width: Math.min(320, this.side.clientWidth || 280), points: curve, size, now, ink: this.ink, dark: this.dark });
   }
 
   /** Faithfulness of the first members, where it is on the curve, or null. */

@@ -2,7 +2,7 @@
 
 import { along, curveOf } from "./layers.js";
 import { sharp } from "./painting.js";
-import { MARKS, shortened, visible } from "./parts.js";
+import { marks, shortened, visible } from "./parts.js";
 
 function strokeCurve(context, [a, b, c, d]) {
   context.beginPath();
@@ -14,10 +14,11 @@ function strokeCurve(context, [a, b, c, d]) {
 /**
  * The circuit.
  *
- * layout: of layered. parts: of grouped. lines: of lines. columns: names. ink, paper: colours of text and page.
+ * layout: of layered. parts: of grouped. lines: of lines. columns: names. ink, paper: colours of text and page, which may be dark.
  * selected: set of sites. focus: name of a part. line: the line in focus, or null. cuts: set of edges and sites.
  */
-export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper, selected, focus, line, cuts }) {
+export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper, dark, selected, focus, line, cuts }) {
+  const own = marks(dark);
   const { boxes, middles, rows } = layout;
   const context = sharp(canvas, layout.width, layout.height);
   context.clearRect(0, 0, layout.width, layout.height);
@@ -26,7 +27,7 @@ export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper
   context.fillStyle = ink;
   context.globalAlpha = 0.65;
   context.textAlign = "left";
-  for (const { text, y } of rows) context.fillText(text, 0, y);
+  for (const { text, y } of rows) context.fillText(text, 4, y);
   context.textAlign = "center";
   const room = middles.length > 1 ? Math.floor((middles[1] - middles[0]) / 6.5) : 20;
   columns.forEach((name, i) => context.fillText(shortened(visible(name).trim(), Math.max(4, room)), middles[i], layout.height - 12));
@@ -38,13 +39,13 @@ export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper
     const curve = curveOf(boxes, one);
     const share = Math.abs(one.score) / largest;
     context.setLineDash(isCut(one) ? [2, 5] : one.score < 0 ? [6, 3] : []);
-    context.strokeStyle = isCut(one) ? ink : one.score < 0 ? MARKS.against : MARKS.for;
-    context.lineWidth = one === line ? 3 + 4 * share : 0.8 + 4 * share;
+    context.strokeStyle = isCut(one) ? ink : one.score < 0 ? own.against : own.for;
+    context.lineWidth = isCut(one) ? 1.2 + (one === line) : one === line ? 3 + 4 * share : 0.8 + 4 * share;
     context.globalAlpha = near(one) ? 0.95 : 0.18 + 0.5 * share;
     strokeCurve(context, curve);
     context.setLineDash([]);
     context.globalAlpha = 1;
-    if (isCut(one)) cross(context, along(curve, 0.5), 4);
+    if (isCut(one)) cross(context, along(curve, 0.5), 4, own.edited);
   }
   const strongest = Math.max(...parts.map((part) => Math.abs(part.score ?? 0)), 0) || 1;
   for (const part of parts) {
@@ -55,11 +56,11 @@ export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper
     context.fillStyle = paper;
     context.fill();
     context.globalAlpha = 0.1 + 0.45 * share;
-    context.fillStyle = (part.score ?? 0) < 0 ? MARKS.against : MARKS.for;
+    context.fillStyle = (part.score ?? 0) < 0 ? own.against : own.for;
     if (part.score !== null) context.fill();
     context.globalAlpha = 1;
     const chosen = part.sites.some((site) => selected.has(site));
-    context.strokeStyle = part.name === focus ? MARKS.focus : ink;
+    context.strokeStyle = part.name === focus ? own.focus : ink;
     context.lineWidth = part.name === focus ? 3 : chosen ? 2.2 : 0.7;
     context.setLineDash((part.score ?? 0) < 0 ? [4, 2] : []);
     context.stroke();
@@ -67,12 +68,12 @@ export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper
     context.fillStyle = ink;
     context.font = `${chosen ? "bold " : ""}11px sans-serif`;
     context.fillText(part.name, x, y + 0.5);
-    if (part.sites.every((site) => cuts.has(site))) cross(context, { x, y }, 9);
+    if (part.sites.every((site) => cuts.has(site))) cross(context, { x, y }, 9, own.edited);
   }
 }
 
-function cross(context, { x, y }, arm) {
-  context.strokeStyle = MARKS.edited;
+function cross(context, { x, y }, arm, colour) {
+  context.strokeStyle = colour;
   context.lineWidth = 2;
   context.beginPath();
   context.moveTo(x - arm, y - arm);
@@ -87,7 +88,8 @@ function cross(context, { x, y }, arm) {
  *
  * points: {size, faithfulness}, from small to large. size: what is shown. now: its faithfulness, or null.
  */
-export function paintCurve(canvas, { width, points, size, now, ink }) {
+export function paintCurve(canvas, { width, points, size, now, ink, dark }) {
+  const own = marks(dark);
   const height = 150;
   const [left, right, top, bottom] = [34, 8, 8, 30];
   const context = sharp(canvas, width, height);
@@ -116,15 +118,15 @@ export function paintCurve(canvas, { width, points, size, now, ink }) {
   context.textAlign = "center";
   for (const value of [0, Math.round(last / 2), last]) context.fillText(value, x(value), height - bottom + 9);
   context.fillText("members left in", (left + width - right) / 2, height - 7);
-  context.strokeStyle = MARKS.for;
-  context.fillStyle = MARKS.for;
+  context.strokeStyle = own.for;
+  context.fillStyle = own.for;
   context.lineWidth = 2;
   context.beginPath();
   points.forEach((one, i) => context[i ? "lineTo" : "moveTo"](x(one.size), y(one.faithfulness)));
   context.stroke();
   for (const one of points) dot(context, x(one.size), y(one.faithfulness), 2.5);
   if (now === null) return;
-  context.fillStyle = MARKS.focus;
+  context.fillStyle = own.focus;
   dot(context, x(size), y(now), 5);
 }
 

@@ -1,7 +1,7 @@
 // The map of scores on a canvas. Given numbers and places, no state.
 
 import { sharp } from "./painting.js";
-import { MARKS, toByte } from "./parts.js";
+import { marks, toByte } from "./parts.js";
 
 /** How large the cells are: as wide as there is room for, and a margin for the names of rows. */
 export function scoreLayout(room, rows, columns, letters) {
@@ -53,7 +53,7 @@ export function paintScores(canvas, { layout, rows, columns, cells, numbered, se
   context.strokeStyle = ink;
   context.lineWidth = 1.5;
   for (const cell of cells) if (selected.has(cell.site)) frame(context, layout, cell, 0.5);
-  context.strokeStyle = MARKS.focus;
+  context.strokeStyle = marks(false).focus;
   context.lineWidth = 2.5;
   if (focused) frame(context, layout, focused, -1);
 }

@@ -1,6 +1,6 @@
 // Heads on canvases: the grid of all of them, and one large. Given numbers and places, no state.
 
-import { MARKS, painted, shortened, toByte, visible } from "./parts.js";
+import { marks, painted, shortened, toByte, visible } from "./parts.js";
 
 export const LABELLED = 40; // tokens at most that are written on the axes
 
@@ -66,9 +66,10 @@ export function paintGrid(canvas, { layout, rows, labelled, heads, n, strip, col
 /**
  * What marks thumbnails, over them: rings by score, what is chosen, edited and in focus.
  *
- * scores: one a head or null. selected, changed: sets of "layer.head". focused: [layer, head].
+ * dark: the paper is. scores: one a head or null. selected, changed: sets of "layer.head". focused: [layer, head].
  */
-export function paintMarks(canvas, { layout, rows, heads, ink, scores, selected, changed, focused }) {
+export function paintMarks(canvas, { layout, rows, heads, ink, dark, scores, selected, changed, focused }) {
+  const colours = marks(dark);
   const { cell } = layout;
   const context = sharp(canvas, layout.width, layout.height);
   context.clearRect(0, 0, layout.width, layout.height);
@@ -78,19 +79,19 @@ export function paintMarks(canvas, { layout, rows, heads, ink, scores, selected,
     const value = scores ? scores[layer * heads + head] : null;
     if (value !== null && Math.abs(value) > 0.02 * largest) {
       context.setLineDash(value > 0 ? [] : [3, 2]);
-      framed(context, x - 0.5, y - 0.5, cell + 1, value > 0 ? MARKS.for : MARKS.against, 1 + (2 * Math.abs(value)) / largest);
+      framed(context, x - 0.5, y - 0.5, cell + 1, value > 0 ? colours.for : colours.against, 1 + (2 * Math.abs(value)) / largest);
       context.setLineDash([]);
     }
     if (selected.has(name)) framed(context, x, y, cell, ink, 1.5);
     if (changed.has(name)) {
-      context.strokeStyle = MARKS.edited;
+      context.strokeStyle = colours.edited;
       context.lineWidth = 1.5;
       context.beginPath();
       context.moveTo(x + 1, y + 1);
       context.lineTo(x + cell - 1, y + cell - 1);
       context.stroke();
     }
-    if (layer === focused[0] && head === focused[1]) framed(context, x - 1, y - 1, cell + 2, MARKS.focus, 2.5);
+    if (layer === focused[0] && head === focused[1]) framed(context, x - 1, y - 1, cell + 2, colours.focus, 2.5);
   });
 }
 
@@ -117,7 +118,7 @@ export function paintMap(canvas, { layout, values, tokens, signed, limit, colour
   context.drawImage(one, margin, 0, side, side);
   if (margin) label(context, layout, tokens, ink);
   if (row !== null) {
-    context.strokeStyle = MARKS.focus;
+    context.strokeStyle = marks(false).focus;
     context.lineWidth = 2;
     context.strokeRect(margin, (row * side) / n, side, side / n);
   }

@@ -1,7 +1,9 @@
 // Pure functions of the views: numbers, colours, places, words. Tested under Node (tests/js).
 
-/** Colours of marks, told apart by colour-blind readers; what they mean is also drawn or written. */
-export const MARKS = { focus: "#E69F00", for: "#0072B2", against: "#D55E00", edited: "#CC3311" };
+/** Colours of marks on light or dark paper, told apart by colour-blind readers; what they mean is also drawn or written. */
+export function marks(dark) {
+  return { focus: "#E69F00", edited: dark ? "#FF6B5A" : "#CC3311", for: dark ? "#56B4E9" : "#0072B2", against: dark ? "#F58A4B" : "#D55E00" };
+}
 
 /** Half-precision bits to numbers. */
 export function fromHalf(bits) {
