@@ -37,7 +37,7 @@ $(VENV)/.browser: $(VENV)/.dev
 	@touch $@
 
 browser: $(VENV)/.browser  ## the live views in JupyterLab, used in Chromium (which the system must have)
-	$(BIN)/python -m pytest tests/test_pages.py tests/test_access.py tests/test_lab.py
+	$(BIN)/python -m pytest tests/test_pages.py tests/test_access.py tests/test_lab.py tests/test_lab_views.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

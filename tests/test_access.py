@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from browser.lab import CHROMIUM
-from families import tiny
+from families import tiny, tiny_task
 
 import mechkit as mk
 
@@ -23,9 +23,18 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed: make browser")
 
+
+def _circuit() -> mk.Circuit:
+    scores = mk.patch(tiny("llama"), tiny_task(n=6), "heads", progress=False)
+    return mk.Circuit(tuple(scores.ranked()[:5]), scores, scores.meta)
+
+
 PROMPTS = torch.tensor([[5, 9, 12, 30, 8], [7, 9, 40, 30, 8]])
 VIEWS: dict[str, Callable[[], LiveView]] = {
     "attention": lambda: mk.view.attention(tiny("llama"), PROMPTS[:1], PROMPTS[1:]),
+    "scores": lambda: _circuit().node_scores.show(),
+    "circuit": lambda: _circuit().show(tiny("llama"), tiny_task(n=6)),
+    "tokens": lambda: mk.view.tokens(["one", "\n", " two"], [1.0, -0.5, 0.1]),
 }
 USED = """() => {
     for (const one of document.querySelectorAll("details")) one.open = true;
@@ -55,7 +64,9 @@ def test_no_serious_violation(browser, tmp_path, name, live, scheme):
     page = browser.new_page(color_scheme=scheme, offline=True, viewport={"width": 1200, "height": 1000})
     try:
         page.goto(view.to_html(tmp_path / "page.html").as_uri())
-        page.wait_for_function("() => [...document.querySelectorAll('canvas')].some(one => one.width > 0)")
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('canvas')].some(one => one.width > 0) || document.querySelector('.mk-scored')"
+        )
         page.evaluate(USED)
         found = axe.Axe().run(page).response["violations"]
     finally:
