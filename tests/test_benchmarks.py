@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
+from browser.lab import CHROMIUM
 from families import plain, tiny, tiny_task
 
-from benchmarks import measure, patching
+from benchmarks import measure, patching, views
 
 SLICES = [(layer, head, slice(None)) for layer in range(3) for head in range(4)]
 
@@ -35,3 +37,15 @@ def test_a_row_has_ratios_with_their_spread_and_the_largest_difference(tmp_path)
     saved = json.loads((tmp_path / "rows.json").read_text())
     assert saved["rows"][0]["what"] == "work"
     assert {"processor", "threads", "gpu", "torch"} <= set(saved["machine"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_views_are_timed_in_a_browser():
+    pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser")
+    values = views.patterns(1, 3, 6)
+    with views.chromium() as browser:
+        rows = [views.measured(browser, page(values), 2) for page in (views.ours, views.circuitsvis)]
+    for row in rows:
+        assert 0 < row["drawn_s"] < row["opened_s"]
+        assert len(row["grid_ms"]) == len(row["map_ms"]) == 2
+        assert views.line(row).count("|") == views.HEAD.splitlines()[0].count("|")
