@@ -64,9 +64,8 @@ def test_no_serious_violation(browser, tmp_path, name, live, scheme):
     page = browser.new_page(color_scheme=scheme, offline=True, viewport={"width": 1200, "height": 1000})
     try:
         page.goto(view.to_html(tmp_path / "page.html").as_uri())
-        page.wait_for_function(
-            "() => [...document.querySelectorAll('canvas')].some(one => one.width > 0) || document.querySelector('.mk-scored')"
-        )
+        page.wait_for_selector(".mk-scored, canvas")
+        page.wait_for_function("() => [...document.querySelectorAll('canvas')].every(one => one.width > 0)")
         page.evaluate(USED)
         found = axe.Axe().run(page).response["violations"]
     finally:

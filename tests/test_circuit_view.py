@@ -10,7 +10,7 @@ from families import tiny, tiny_task
 
 import mechkit as mk
 from mechkit import errors, planted
-from mechkit.view.circuit_of import circuit_data
+from mechkit.view.circuit_of import circuit_view_data
 from mechkit.view.circuit_runs import CircuitRuns
 
 ABLATIONS = ("mean", "zero", "resample")
@@ -91,13 +91,13 @@ def test_cutting_the_planted_edge_ends_the_behaviour(grouped):
 
 
 def test_what_is_shown_is_the_circuit(model, task, of_nodes, of_edges):
-    data = circuit_data(of_edges)
+    data = circuit_view_data(of_edges)
     assert [one["edge"] for one in data["edges"]] == list(map(str, of_edges.edges))
     assert {one["site"] for one in data["nodes"]} - {"embed", "logits"} == set(map(str, of_edges.nodes))
     for i, (one, row) in enumerate(zip(data["edges"], of_edges.frame.to_dict("records"), strict=True)):
         assert (one["order"], one["score"]) == (i, row["score"])
         assert one["source"] == row["source"]
-    data = circuit_data(of_nodes, model, task)
+    data = circuit_view_data(of_nodes, model, task)
     assert {one["site"] for one in data["nodes"]} == {"embed", "logits", *map(str, of_nodes.nodes)}
     by_site = of_nodes.scores.frame.set_index("site")["score"]
     for one in data["nodes"]:
@@ -109,13 +109,13 @@ def test_what_is_shown_is_the_circuit(model, task, of_nodes, of_edges):
         assert node in ends[0]
         assert node in ends[1]
     json.dumps(data)
-    assert circuit_data(of_nodes)["edges"] == []
+    assert circuit_view_data(of_nodes)["edges"] == []
 
 
 def test_nodes_stand_where_they_do_most(model):
     task = tiny_task(n=4)
     circuit = mk.discover(model, task, "patch", size=4, min_share=0.0, progress=False)
-    data = circuit_data(circuit, model, task)
+    data = circuit_view_data(circuit, model, task)
     each = mk.patch(model, task, list(circuit.nodes), positions="each", progress=False).frame
     names = [str(int(i)) for i in task.clean[0]]
     for one in data["nodes"]:
@@ -139,14 +139,21 @@ def test_changes_from_python(model, task, of_edges):
     assert set(view.circuit.edges) == set(of_edges.edges[2:10])
     view.restore()
     assert view.cuts == []
-    assert view.result["answered"] == view.asked == 4
+    assert view.result["answered"] == view.asked
+    shared = next(one for one in of_edges.edges if one.target.grouped)
+    head = next(one for one in of_edges.graph.readers(shared.target) if one in of_edges.nodes)
+    view.cut(str(head))
+    assert (shared in view.circuit.edges) == (shared.source != head)
+    told = view.circuit.evaluate(model, task, controls=0, curve=False, progress=False).faithfulness
+    assert view.result["faithfulness"] == pytest.approx(told, abs=1e-5)
+    view.restore()
     with pytest.raises(errors.OptionError, match="0 to 40"):
         view.resize(41)
     with pytest.raises(errors.SiteError):
         view.cut("9.9")
     with pytest.raises(errors.SiteError):
         view.cut("m2->0.0.q")
-    assert view.asked == 4
+    assert view.asked == 6
 
 
 def test_a_circuit_of_nodes_cannot_say_that_an_edge_is_cut(model, task, of_nodes):

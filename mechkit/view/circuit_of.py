@@ -122,9 +122,6 @@ def circuit_view_data(
     }
 
 
-circuit_data = circuit_view_data
-
-
 def _title(circuit: Circuit, model: Model | None, task: Task | None) -> str:
     known = {**circuit.scores.meta, **circuit.meta}
     found_on = known.get("task")

@@ -96,11 +96,10 @@ class CircuitView(LiveView):
 
         cuts = {*self.cuts}
         if self._circuit.level == "edge":
-            kept = [
-                one
-                for one in self._circuit.edges[: self.size]
-                if not cuts & {one, one.source, *self._circuit.scores.graph.readers(one.target)}  # type: ignore[union-attr]
-            ]
+            readers = self._circuit.scores.graph.readers  # type: ignore[union-attr]
+            edges = self._circuit.edges[: self.size]
+            # A key or value that several heads read stays as long as one of them is left.
+            kept = [one for one in edges if not ({one, one.source} & cuts or {*readers(one.target)} <= cuts)]
             return Circuit.of_edges(kept, self._circuit.scores, self._circuit.meta)  # type: ignore[arg-type]
         if any(isinstance(one, Edge) for one in cuts):
             raise OptionError("A circuit of nodes without some of its edges", expected="cuts of nodes; see view.cuts")

@@ -15,12 +15,19 @@ export class Asking {
   }
 
   get running() {
-    const gone = this.started !== undefined && performance.now() - this.started > PATIENCE;
-    return this.model.get("asked") > (this.model.get("result")?.answered ?? 0) && !gone;
+    const late = this.started !== undefined && performance.now() - this.started > PATIENCE;
+    return this.model.get("asked") > (this.model.get("result")?.answered ?? 0) && !late && !this.gone;
+  }
+
+  /** The host says that the kernel's connection has changed: what was asked will not be answered. */
+  lost() {
+    this.gone = true;
+    this.waiting = null;
   }
 
   send(edits) {
     this.waiting = null;
+    if (this.gone) return;
     if (this.running) {
       this.waiting = edits;
       return;
@@ -38,11 +45,12 @@ export class Asking {
     return true;
   }
 
-  /** Show on an element whether a run is on, and say so when none answers. */
+  /** Show on an element whether a run is on, and say so when none answers, or when there is no kernel any more. */
   shownOn(element) {
     element.classList.toggle("mk-running", this.running);
     clearTimeout(this.timer);
     delete element.dataset.told;
+    if (this.gone) element.dataset.told = "The kernel is gone. What is shown is from before; run the cell again.";
     if (!this.running) return;
     this.timer = setTimeout(() => {
       element.classList.remove("mk-running");

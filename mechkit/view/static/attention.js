@@ -45,6 +45,10 @@ class AttentionView extends Frame {
       },
       () => this.paintAll(),
     );
+    this.on("comm_live_update", () => {
+      this.asking.lost();
+      this.asking.shownOn(this.table);
+    });
     this.takeData();
   }
 

@@ -41,6 +41,10 @@ class CircuitView extends Frame {
       },
       () => this.paint(),
     );
+    this.on("comm_live_update", () => {
+      this.asking.lost();
+      this.asking.shownOn(this.answer);
+    });
     this.takeData();
   }
 
