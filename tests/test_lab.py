@@ -103,4 +103,8 @@ def test_the_kernel_goes_while_an_edit_runs(tmp_path, how):
         try:
             page.wait_for_function(said, timeout=10_000)
         except sync_api.TimeoutError:
-            pytest.xfail("the view does not say yet that the kernel is gone")
+            if how != "shut down":
+                raise
+            pytest.xfail("JupyterLab tells a widget nothing then, and the view does not ask yet")
+        if how != "shut down":  # amid a restart the server would not end
+            page.wait_for_selector("text=Python 3 (ipykernel) | Idle", timeout=30_000)

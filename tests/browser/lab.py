@@ -70,7 +70,11 @@ def served(folder: Path, state: Path | None = None, **environment: str) -> Itera
         yield address
     finally:
         server.terminate()  # it ends its kernels
-        server.wait(20)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:  # one of them does not answer; without a parent it ends too
+            server.kill()
+            server.wait(20)
 
 
 @dataclass
