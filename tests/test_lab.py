@@ -100,11 +100,6 @@ def test_the_kernel_goes_while_an_edit_runs(tmp_path, how):
         page.keyboard.press("a")
         assert not lab.wrong
         said = "() => /kernel/i.test(document.querySelector('.mk-result').dataset.told ?? '')"
-        try:
-            page.wait_for_function(said, timeout=10_000)
-        except sync_api.TimeoutError:
-            if how != "shut down":
-                raise
-            pytest.xfail("JupyterLab tells a widget nothing then, and the view does not ask yet")
+        page.wait_for_function(said, timeout=10_000)
         if how != "shut down":  # amid a restart the server would not end
             page.wait_for_selector("text=Python 3 (ipykernel) | Idle", timeout=30_000)

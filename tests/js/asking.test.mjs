@@ -45,3 +45,32 @@ test("a kernel that does not answer for a minute does not block", () => {
   asking.send(["b"]);
   assert.deepEqual(model.sent, [["a"], ["b"]]);
 });
+
+test("a kernel that is gone, or another one, is told; edits are not sent to it", () => {
+  const shown = () => {
+    const classes = new Set();
+    return { dataset: {}, classes, classList: { toggle: (name, on) => (on ? classes.add(name) : classes.delete(name)) } };
+  };
+  for (const end of [(asking) => asking.lost(), (_, model) => (model.widget_manager.kernel = null), (_, model) => (model.widget_manager.kernel = {})]) {
+    const model = Object.assign(host(), { widget_manager: { kernel: {} } });
+    const asking = new Asking(model);
+    const element = shown();
+    asking.send(["a"]);
+    asking.shownOn(element);
+    assert.ok(element.classes.has("mk-running") && !element.dataset.told);
+    end(asking, model);
+    asking.shownOn(element);
+    assert.ok(!element.classes.has("mk-running"));
+    assert.match(element.dataset.told, /kernel is gone/);
+    asking.send(["b"]);
+    assert.deepEqual(model.sent, [["a"]]);
+    assert.deepEqual(asking.edits, ["a"]);
+    clearTimeout(asking.timer);
+  }
+});
+
+test("a host that tells nothing of its kernel is waited for", () => {
+  const asking = new Asking(host());
+  asking.send(["a"]);
+  assert.ok(asking.running && !asking.gone);
+});

@@ -1,12 +1,14 @@
 // Edits on their way to the kernel: one run at a time, later edits wait, and only the newest of them is sent.
 
 const PATIENCE = 60_000; // ms, after which a kernel counts as gone
+const LOOK = 1_000; // ms between two looks whether there still is a kernel, while a run is on
 
 /** Sends edits by setting `changes` and `asked`; an answer is a `result` with the same number. */
 export class Asking {
   constructor(model) {
     this.model = model;
     this.waiting = null;
+    this.kernel = model.widget_manager?.kernel;
   }
 
   /** The edits that are, or will be, in force. */
@@ -14,14 +16,22 @@ export class Asking {
     return this.waiting ?? this.model.get("changes");
   }
 
-  get running() {
-    const late = this.started !== undefined && performance.now() - this.started > PATIENCE;
-    return this.model.get("asked") > (this.model.get("result")?.answered ?? 0) && !late && !this.gone;
+  get late() {
+    return this.started !== undefined && performance.now() - this.started > PATIENCE;
   }
 
-  /** The host says that the kernel's connection has changed: what was asked will not be answered. */
+  /** There is no kernel any more, or another one: nobody will answer. Hosts that tell neither are waited for. */
+  get gone() {
+    return this.cut || Boolean(this.kernel && this.model.widget_manager.kernel !== this.kernel);
+  }
+
+  get running() {
+    return this.model.get("asked") > (this.model.get("result")?.answered ?? 0) && !this.late && !this.gone;
+  }
+
+  /** The host says that the connection to the kernel was cut. */
   lost() {
-    this.gone = true;
+    this.cut = true;
     this.waiting = null;
   }
 
@@ -47,14 +57,16 @@ export class Asking {
 
   /** Show on an element whether a run is on, and say so when none answers, or when there is no kernel any more. */
   shownOn(element) {
-    element.classList.toggle("mk-running", this.running);
     clearTimeout(this.timer);
-    delete element.dataset.told;
-    if (this.gone) element.dataset.told = "The kernel is gone. What is shown is from before; run the cell again.";
-    if (!this.running) return;
-    this.timer = setTimeout(() => {
-      element.classList.remove("mk-running");
-      element.dataset.told = "The kernel has not answered for a minute. What is shown is from before.";
-    }, PATIENCE);
+    const waits = this.model.get("asked") > (this.model.get("result")?.answered ?? 0);
+    const told = this.gone
+      ? "The kernel is gone. What is shown is from before; run the cell again."
+      : this.late && waits
+        ? "The kernel has not answered for a minute. What is shown is from before."
+        : null;
+    element.classList.toggle("mk-running", this.running);
+    if (told) element.dataset.told = told;
+    else delete element.dataset.told;
+    if (this.running) this.timer = setTimeout(() => this.shownOn(element), LOOK);
   }
 }

@@ -15,7 +15,7 @@ export function make(tag, attributes = {}, ...children) {
 
 /** Whether what an element stands on is dark. */
 export function isDark(element) {
-  for (let at = element; at; at = at.parentElement) {
+  for (let at = element; at; at = at.parentElement ?? at.getRootNode().host) {
     const parts = getComputedStyle(at).backgroundColor.match(/[\d.]+/g);
     if (parts && (parts.length < 4 || Number(parts[3]) > 0.5)) {
       const [r, g, b] = parts.map(Number);
@@ -40,7 +40,7 @@ export function answers({ rows, metric, error }) {
     parts.push(make("p", { class: "mk-metric" }, `${name}: ${before.toFixed(3)} → ${now.toFixed(3)}`));
   }
   if (!rows) return parts;
-  const head = ["next token", "before", "now", ""].map((text) => make("th", { scope: "col" }, text));
+  const head = ["next token", "before", "now", "change"].map((text) => make("th", { scope: "col" }, text));
   const body = rows.map(({ token, before, now }) => {
     const mark = Math.abs(now - before) < 0.005 ? "" : now > before ? "▲" : "▼";
     const bar = make("span", { class: "mk-bar", style: `width:${Math.round(60 * now)}px` });

@@ -16,7 +16,14 @@ export class Frame {
     this.hint = make("div", { class: "mk-tip", hidden: true });
     this.root.append(this.hint);
     el.append(this.root);
-    this.root.addEventListener("keydown", keepKeys);
+    // Notebooks have keys of their own. JupyterLab takes those that reach it; Notebook 7 takes them first, unless the
+    // element that has the focus says otherwise.
+    this.keep = (event) => {
+      const [target] = event.composedPath();
+      if (target instanceof Element && event.composedPath().includes(this.root)) target.toggleAttribute("data-lm-suppress-shortcuts", isPlain(event));
+    };
+    window.addEventListener("keydown", this.keep, true);
+    this.root.addEventListener("keydown", (event) => isPlain(event) && event.stopPropagation());
   }
 
   /** Paint when these traits change ({"name other": action}), when there is more or less room, and when it gets dark. */
@@ -33,7 +40,8 @@ export class Frame {
     this.rethemed = () => repaint();
     this.theme.addEventListener("change", this.rethemed);
     this.watched = new MutationObserver(this.rethemed);
-    this.watched.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    const attributes = { attributes: true, attributeFilter: ["data-jp-theme-light", "class", "style"] };
+    for (const one of [document.documentElement, document.body]) this.watched.observe(one, attributes);
   }
 
   on(event, action) {
@@ -45,6 +53,7 @@ export class Frame {
     this.resized?.disconnect();
     this.watched?.disconnect();
     this.theme?.removeEventListener("change", this.rethemed);
+    window.removeEventListener("keydown", this.keep, true);
     for (const [event, action] of this.listeners) this.model.off(event, action);
   }
 
@@ -92,9 +101,9 @@ export class Frame {
   }
 }
 
-/** A notebook has keys of its own, and would take those that are typed in a view: only those with Ctrl and the like pass. */
-function keepKeys(event) {
-  if (!event.ctrlKey && !event.metaKey && !event.altKey && !(event.shiftKey && event.key === "Enter")) event.stopPropagation();
+/** Whether a key is for the view: one with Ctrl or the like, or that runs a cell, is for the host. */
+function isPlain({ ctrlKey, metaKey, altKey, shiftKey, key }) {
+  return !ctrlKey && !metaKey && !altKey && !(shiftKey && key === "Enter");
 }
 
 /** What a host calls, for a view of this class. */
