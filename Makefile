@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/ioi
 
-.PHONY: demo test browser lint check lab bench constraints clean
+.PHONY: demo test browser ndif lint check lab bench constraints clean
 
 # A stamp a dependency set, so that a second run installs nothing.
 $(VENV)/.pip:
@@ -38,6 +38,18 @@ $(VENV)/.browser: $(VENV)/.dev
 
 browser: $(VENV)/.browser  ## the live views in JupyterLab, used in Chromium (which the system must have)
 	$(BIN)/python -m pytest tests/test_pages.py tests/test_access.py tests/test_lab.py tests/test_lab_views.py
+
+# NDIF's server needs Python 3.12, in an environment of its own.
+PYTHON312 ?= python3.12
+
+$(VENV)/.ndif: tests/ndif/requirements.txt $(VENV)/.dev
+	$(PYTHON312) -m venv $(VENV)/ndif
+	$(VENV)/ndif/bin/python -m pip --disable-pip-version-check install -q -r tests/ndif/requirements.txt
+	@touch $@
+
+ndif: $(VENV)/.ndif  ## tests against a whole NDIF on loopback (Linux; needs redis-server, unshare, ip, Python 3.12)
+	$(BIN)/python tests/ndif/apart.py $(VENV)/ndif/bin/python tests/ndif/bed.py --folder runs/ndif -- \
+	  $(BIN)/python -m pytest tests/ndif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
