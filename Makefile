@@ -40,7 +40,8 @@ browser: $(VENV)/.browser  ## the live views in JupyterLab, used in Chromium (wh
 	$(BIN)/python -m pytest tests/test_pages.py tests/test_access.py tests/test_lab.py tests/test_lab_views.py
 
 # NDIF's server needs Python 3.12, in an environment of its own.
-PYTHON312 ?= python3.12
+PYTHON312 ?= $(firstword $(shell for one in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python3.12; do \
+  "$$one" -c "" 2>/dev/null && echo "$$one"; done) python3.12)
 
 $(VENV)/.ndif: tests/ndif/requirements.txt $(VENV)/.dev
 	$(PYTHON312) -m venv $(VENV)/ndif
