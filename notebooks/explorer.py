@@ -37,7 +37,7 @@ explorer
 # What you did is there for Python:
 
 # %%
-explorer.selection, explorer.edits, explorer.circuit.circuit
+explorer.selection, explorer.edits, explorer.circuit.size, explorer.circuit.cuts
 
 # %% [markdown]
 # The edits run anywhere else too, and the page keeps all of it but the model:

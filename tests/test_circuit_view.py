@@ -176,6 +176,18 @@ def test_groups(of_nodes):
     assert [group["name"] for group in view.groups] == ["first"]
     with pytest.raises(errors.SiteError):
         view.group("third", ["9.9"])
+    for name in ("", one):
+        with pytest.raises(errors.OptionError, match="name"):
+            view.group(name, [two])
+    view.group("with $a_$ in it", [two])
+    assert view.picture().axes
+
+
+def test_a_circuit_of_no_part_can_be_shown(model, task, of_edges):
+    circuit = mk.Circuit.of_edges(["embed->logits"], of_edges.scores)
+    for view in (circuit.show(), circuit.show(model, task)):
+        assert {node["column"] for node in view.about["nodes"]} == {0}
+        assert view.picture().axes
 
 
 def test_without_a_model_it_is_not_live(of_nodes, of_edges, tmp_path):
@@ -207,7 +219,7 @@ def test_a_failed_run_is_told_and_the_view_goes_on(model, task, of_nodes):
     view = of_nodes.show(model, task)
     run, view._run = view._run, lambda size, cuts: (_ for _ in ()).throw(RuntimeError("no memory"))
     view.cut(str(of_nodes.nodes[0]))
-    assert view.result["error"] == "no memory"
+    assert view.result["error"] == "RuntimeError: no memory"
     view._run = run
     view.restore()
     assert "error" not in view.result
@@ -229,6 +241,12 @@ def test_the_explorer_links_its_views(model, task):
     data, _ = explorer._repr_mimebundle_()
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert "faithfulness" in data["text/plain"]
+    outside = next(one for one in explorer.attention._sites() if one not in explorer.circuit._sites())
+    explorer.attention.selection = [outside, chosen[0]]
+    explorer.circuit.selection = [chosen[1], "embed"]
+    assert explorer.attention.selection == [outside, chosen[1]]
+    assert explorer.selection == [outside, chosen[1], "embed"]
+    assert explorer.without in explorer.sentence()
     with pytest.raises(errors.SiteError):
         explorer.selection = ["9.9"]
     with pytest.raises(errors.OptionError, match="0 to 5"):

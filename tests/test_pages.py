@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,19 @@ NODE = shutil.which("node")
 def test_pure_functions():
     done = subprocess.run(["node", "--test", "tests/js"], cwd=HERE.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(NODE is None, reason="there is no Node")
+@pytest.mark.parametrize("name", ["attention_view.AttentionView", "circuit_view.CircuitView", "scores_view.ScoresView",
+                                  "tokens_view.TokensView"])  # fmt: skip
+def test_what_a_host_loads_is_one_module(tmp_path, name):
+    module, view = name.split(".")
+    text = getattr(import_module(f"mechkit.view.{module}"), view)._esm
+    path = tmp_path / "view.mjs"
+    path.write_text(text)
+    assert 'from "./' not in text
+    done = subprocess.run([str(NODE), "--check", str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def used(page: Path, size: str = "1200,900") -> dict:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from .figures import ATTENTION, Picture, visible
-
-SIGNED_MAP = "PuOr"
+from .figures import ATTENTION, SIGNED, Picture, visible
 
 
 def attention_grid(
@@ -26,7 +24,7 @@ def attention_grid(
         layer, head: which is large.
     """
     layers, heads, n, _ = values.shape
-    low, colours = (-limit, SIGNED_MAP) if signed else (0.0, ATTENTION)
+    low, colours = (-limit, SIGNED) if signed else (0.0, ATTENTION)
     tall = max(3.4, min(9.0, 0.3 * layers + 1.0))
     figure = Picture(figsize=(10.5, tall), layout="constrained")
     figure.suptitle(f"{title} · head {layer}.{head} at the right", fontsize=11, x=0.01, ha="left")

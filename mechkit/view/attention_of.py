@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..edits import Edit, ablate, patch_in, scale
-from ..errors import OptionError, PromptError
+from ..errors import MetricError, OptionError, PromptError
 from ..prompts import as_batch
 from ..sites import Site
 from ..tasks.task import Task
@@ -124,6 +124,8 @@ class _Runs:
     def run(self, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The likeliest next tokens before and now, and the metric."""
         now, metric = self._read(self.to_edits(changes)) if changes else (self._before, self._metric)
+        if not bool(now.isfinite().all()):
+            raise MetricError("Probabilities that are not finite numbers", fix="Undo the last edit; scale by less")
         top = torch.cat([self._before.topk(_ROWS).indices, now.topk(_ROWS).indices])
         ids = list(dict.fromkeys(top.tolist()))
         ids = sorted(ids, key=lambda i: -max(float(now[i]), float(self._before[i])))[:_ROWS]

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import traitlets
 
 from ..edits import Edit
-from ..errors import MechkitError, OptionError, SiteError
+from ..errors import OptionError, SiteError
 from ..sites import HeadSet, heads, site
-from .widget import LiveView, script, style
+from .widget import LiveView, script, style, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,11 +42,14 @@ class AttentionMap:
     @property
     def limit(self) -> float:
         """What has the full colour: 1 of patterns, else the largest size."""
-        return 1.0 if self.name == "pattern" else float(np.abs(self.values).max()) or 1.0
+        if self.name == "pattern":
+            return 1.0
+        sizes = np.abs(self.values)
+        return float(sizes.max(initial=0.0, where=np.isfinite(sizes))) or 1.0
 
     def as_bytes(self) -> bytes:
         """A byte a cell: 0 to 255; of signed maps 1 to 255, 128 for zero."""
-        share = np.clip(self.values / self.limit, -1, 1)
+        share = np.clip(np.nan_to_num(self.values / self.limit), -1, 1)
         whole = 128 + np.rint(127 * share) if self.signed else np.rint(255 * share)
         return np.ascontiguousarray(whole.astype(np.uint8)).tobytes()
 
@@ -112,7 +115,9 @@ class AttentionView(LiveView):
         compare: bool = False,
         focus: str = "0.0",
     ):
-        self._maps = {one.name: one for one in maps}
+        # What is sent is bytes, and half precision of one head: no more is kept.
+        self._maps = {one.name: replace(one, values=one.values.astype(np.float16)) for one in maps}
+        self._n_tokens = len(tokens)
         self._run, self._to_edits = run, to_edits
         layers, n_heads = maps[0].values.shape[:2]
         self._shape = (layers, n_heads)
@@ -241,10 +246,10 @@ class AttentionView(LiveView):
         started = time.perf_counter()
         try:
             result = self._run(self.changes)
-        except (MechkitError, RuntimeError, ValueError, MemoryError) as error:
-            result = {**{k: v for k, v in self.result.items() if k != "error"}, "error": str(error)}
+        except Exception as error:  # whatever it is, the page must hear of it, or it would wait
+            result = {**{k: v for k, v in self.result.items() if k != "error"}, "error": told(error)}
         self.result = {**result, "answered": change["new"], "seconds": round(time.perf_counter() - started, 4)}
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else round(float(value), 6) for value in values.ravel()]
+    return [None if not np.isfinite(value) else round(float(value), 6) for value in values.ravel()]

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from .figures import CIRCUIT, FULL, Picture, visible
+from .figures import AGAINST, FOR, Picture, visible
 
 _CUT = "#999999"
 
@@ -33,9 +33,7 @@ def circuit_figure(about: Mapping[str, Any], changes: Mapping[str, Any], groups:
     figure.suptitle(about["title"], fontsize=11, x=0.01, ha="left")
     if curve:
         graph, line = figure.subplots(1, 2, width_ratios=(width, 3.2))
-        line.plot(
-            [one["size"] for one in curve], [one["faithfulness"] for one in curve], "-o", color=FULL, markersize=3
-        )
+        line.plot([one["size"] for one in curve], [one["faithfulness"] for one in curve], "-o", color=FOR, markersize=3)
         line.axhline(1, color=_CUT, linewidth=0.8, linestyle="--")
         line.axhline(0, color=_CUT, linewidth=0.8)
         line.set_xlabel("members left in", fontsize=8)
@@ -48,10 +46,10 @@ def circuit_figure(about: Mapping[str, Any], changes: Mapping[str, Any], groups:
     largest = max((abs(one["score"] or 0.0) for one in inside), default=0.0) or 1.0
     for node in inside:
         score = node["score"] or 0.0
-        colour = CIRCUIT if score < 0 else FULL
+        colour = AGAINST if score < 0 else FOR
         box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "#333333", "linewidth": 0.6}
         x, y = places[node["site"]]
-        text = node["site"] + (f"\n{group_of[node['site']]}" if node["site"] in group_of else "")
+        text = node["site"] + (f"\n{visible(group_of[node['site']])}" if node["site"] in group_of else "")
         mark = {"color": _CUT if node["site"] in cuts else "black", "fontsize": 7, "ha": "center", "va": "center"}
         graph.text(x, y, text, bbox=box, **mark, zorder=3)
         tint = {**box, "facecolor": colour, "alpha": 0.1 + 0.4 * abs(score) / largest}
@@ -105,7 +103,7 @@ def _edges(axes: Any, edges: Sequence[Mapping[str, Any]], places: Mapping[str, A
                 places[reader],
                 arrowstyle="-",
                 connectionstyle="arc3,rad=0.08",
-                color=_CUT if gone else CIRCUIT if one["score"] < 0 else FULL,
+                color=_CUT if gone else AGAINST if one["score"] < 0 else FOR,
                 linestyle=":" if gone else "--" if one["score"] < 0 else "-",
                 linewidth=0.5 + 2.5 * share,
                 alpha=0.25 + 0.6 * share,

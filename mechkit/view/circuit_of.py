@@ -23,7 +23,7 @@ from ..patching.edges import edges as score_edges
 from ..sites import Site
 from .circuit_runs import CircuitRuns, check_circuit, is_ungrouped
 from .circuit_view import CircuitView
-from .widget import LiveView, linked
+from .widget import LiveView, linkable, linked
 
 if TYPE_CHECKING:
     from ..circuits.circuit import Circuit
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 _PLACED_BY = 4  # prompts, at most
-_PATCHES = 4000  # at most: a node at a position of a prompt each
+_PATCHES = 4000  # about, with more than one prompt: a node at a position of a prompt each
 _LEAST = 1e-6  # of the gap: what does less than this nowhere does most nowhere
 
 
@@ -52,7 +52,7 @@ def circuit_view(
     else:
         runs = CircuitRuns(circuit, model, task, ablation, reference)
         view = CircuitView(circuit, data, runs.curve(), runs.run)
-    linked(view, *([link] if isinstance(link, LiveView) else link))
+    linked(view, *linkable(link))
     return view
 
 
@@ -194,6 +194,8 @@ def _rows(
 
 def _columns(nodes: Sequence[Site], model: Model | None, task: Task | None) -> tuple[list[str], str, dict[Site, int]]:
     """Names of the columns, what they mean, and the column of each node."""
+    if not nodes:  # edges from the embedding to the logits alone
+        return ["all positions"], "", {}
     if model is None or task is None:
         heads = sorted({node.head for node in nodes if node.head is not None})
         names = [f"head {head}" for head in heads] + (["MLP"] if any(node.head is None for node in nodes) else [])

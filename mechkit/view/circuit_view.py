@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import traitlets
 
-from ..errors import MechkitError, OptionError, SiteError
+from ..errors import OptionError, SiteError
 from ..graph import ARROW, Edge, edge
 from ..sites import Site, site
-from .widget import LiveView, script, style
+from .widget import LiveView, script, style, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,8 +63,6 @@ class CircuitView(LiveView):
     ):
         self._circuit, self._run = circuit, run
         self._nodes = [node["site"] for node in data["nodes"]]
-        # What cannot be told apart from the edges that are drawn can be cut all the same, from Python.
-        self._edges = {one["edge"] for one in data["edges"]}
         first = max(data["nodes"], key=lambda node: abs(node["score"] or 0.0))["site"]
         super().__init__(
             about={**data, "total": len(circuit), "curve": [dict(one) for one in curve], "live": run is not None},
@@ -122,7 +120,14 @@ class CircuitView(LiveView):
         self._ask(size=int(size))
 
     def group(self, name: str, sites: Any) -> None:
-        """Draw nodes as one, under a name; a node is in one group at most."""
+        """Draw nodes as one, under a name; a node is in one group at most. Of no nodes: the group is dissolved.
+
+        Raises:
+            OptionError: no name, or one that a node has.
+            SiteError: nodes that are not in the circuit.
+        """
+        if not name.strip() or name in self._nodes:
+            raise OptionError(f"A group named {name!r}", expected="a name that no node has")
         members = self._read_chosen(sites)
         others = [{**one, "sites": [s for s in one["sites"] if s not in members]} for one in self.groups]
         kept = [one for one in others if one["sites"] and one["name"] != name]
@@ -180,6 +185,6 @@ class CircuitView(LiveView):
         started = time.perf_counter()
         try:
             result = self._run(self.changes["size"], self.changes["cuts"])
-        except (MechkitError, RuntimeError, ValueError, MemoryError) as error:
-            result = {"error": str(error)}
+        except Exception as error:  # whatever it is, the page must hear of it, or it would wait
+            result = {"error": told(error)}
         self.result = {**result, "answered": change["new"], "seconds": round(time.perf_counter() - started, 4)}

@@ -1,15 +1,18 @@
 """Four views of one behaviour, linked, in one cell: scores of heads, their attention, the circuit, the tokens.
 
-1. Half of the prompts are for finding: every head is patched, and the largest are the circuit (``mk.discover``).
-2. The other half is for measuring: the circuit view's faithfulness is on prompts that the circuit was not found on.
+1. Half of the prompts, drawn at random, are for finding: every head is patched, and the largest are the circuit
+   (``mk.discover``). Scores or a circuit that are given were found before, on whatever prompts.
+2. The other half is for measuring: the circuit view's faithfulness is on prompts that a circuit that is found here was
+   not found on.
 3. Attention, with its edits, and the scores of tokens are those of one prompt.
 4. What is chosen, in focus or locked in one view is so in the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ipywidgets
 import torch
@@ -18,12 +21,12 @@ import traitlets
 from ..circuits.circuit import Circuit
 from ..circuits.discover import discover
 from ..decomposition.tokens import token_scores
-from ..errors import OptionError, PromptError, UnsupportedError
+from ..errors import CapacityError, OptionError, PromptError, UnsupportedError
 from ..results import Scores
 from .attention_of import attention
 from .circuit_of import circuit_view
 from .tokens_view import tokens
-from .widget import LiveView, linked, with_picture
+from .widget import LiveView, linked, read_chosen, with_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +40,12 @@ if TYPE_CHECKING:
     from .tokens_view import TokensView
 
 _COLUMNS = "repeat(auto-fit, minmax(min(100%, 720px), 1fr))"
-_TRIED = (UnsupportedError, OptionError, PromptError)  # what of a model or a text the scores of tokens cannot do
+_TRIED = (
+    UnsupportedError,
+    OptionError,
+    PromptError,
+    CapacityError,
+)  # what of a model or a text the scores of tokens cannot do
 
 
 class Explorer(ipywidgets.GridBox):
@@ -48,6 +56,8 @@ class Explorer(ipywidgets.GridBox):
             its tokens cannot be scored (``without`` says why).
         selection: what is chosen, in all of them.
     """
+
+    _shared: ClassVar[dict[str, str]] = {"selection": "selection"}
 
     selection = traitlets.Any([])
 
@@ -63,9 +73,9 @@ class Explorer(ipywidgets.GridBox):
         self.title, self.without = title, without
         self.scores, self.attention, self.circuit, self.tokens = scores, attention, circuit, tokens
         self.views: list[LiveView] = [scores, attention, circuit, *([tokens] if tokens else [])]
-        super().__init__(self.views, layout={"grid_template_columns": _COLUMNS, "grid_gap": "24px"})
-        linked(*self.views)
-        scores.observe(lambda change: self.set_trait("selection", change["new"]), "selection")
+        told = [ipywidgets.Label(without)] if without else []
+        super().__init__([*self.views, *told], layout={"grid_template_columns": _COLUMNS, "grid_gap": "24px"})
+        linked(self, *self.views)
 
     @property
     def edits(self) -> list[Edit]:
@@ -80,7 +90,8 @@ class Explorer(ipywidgets.GridBox):
 
     def sentence(self) -> str:
         """What is seen, in words."""
-        return "\n".join([self.title, *(view.sentence() for view in self.views)])
+        told = [self.without] if self.without else []
+        return "\n".join([self.title, *(view.sentence() for view in self.views), *told])
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """All views as one page that needs no kernel and no network; see ``LiveView.to_html``."""
@@ -88,13 +99,16 @@ class Explorer(ipywidgets.GridBox):
 
         return page(self.title, self.sentence(), self.views, path)
 
+    def __iter__(self) -> Iterator[LiveView]:
+        """The views, for ``link=``."""
+        return iter(self.views)
+
+    def _sites(self) -> list[str]:
+        return list(dict.fromkeys(one for view in self.views for one in view._sites()))
+
     @traitlets.validate("selection")
     def _valid_selection(self, proposal: Any) -> list[str]:
-        return self.scores._read_chosen(proposal["value"])
-
-    @traitlets.observe("selection")
-    def _choose(self, change: Any) -> None:
-        self.scores.selection = change["new"]
+        return read_chosen(proposal["value"], self._sites())
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return with_picture(super()._repr_mimebundle_(**options), self.picture(), self.sentence())
@@ -117,9 +131,11 @@ def explore(
 
     Args:
         model: any loaded model.
-        task: prompts; the first half is for finding, the second for measuring (both the same below four prompts).
+        task: prompts; one half is for finding, the other for measuring, as ``task.split(0.5)`` has them. Below four
+            prompts all are for both.
         scores: of heads; left out: those that the circuit was chosen by, or of patching each head.
-        circuit: left out: the heads with the largest scores.
+        circuit: left out: the heads with the largest scores. One that is given, or was chosen by scores that are
+            given, is measured on the same half: find it on the other one (``task.split(0.5)[0]``).
         prompt: whose attention and tokens are shown.
         size: of the circuit that is found, at most.
         progress: show bars.

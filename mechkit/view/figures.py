@@ -1,7 +1,7 @@
 """Still pictures with matplotlib: the head map, the faithfulness curve, attention patterns.
 
-Colours are safe for colour-blind readers: signed maps run from blue over white to red-brown with lightness that
-falls on both sides; attention is one hue. Numbers that matter are printed, never only coloured.
+Colours are safe for colour-blind readers: signed maps run from blue (for) over white to brown-orange (against), darker
+on both sides; attention is one hue. Numbers that matter are printed, never only coloured.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from ..circuits.evaluate import Evaluation
     from ..results import Scores
 
-SIGNED, ATTENTION = "RdBu_r", "Blues"
+FOR, AGAINST = "#0072B2", "#D55E00"
+SIGNED = LinearSegmentedColormap.from_list("for and against", ["#9E4203", "#FFFFFF", "#08306B"])  # as in the live views
+ATTENTION = "Blues"
 CIRCUIT, RANDOM, FULL = "#B2182B", "#4D4D4D", "#2166AC"
 
 

@@ -45,7 +45,8 @@ def page(title: str, text: str, views: Sequence[LiveView], path: str | Path | No
         text=escape(text),
         css="\n".join(dict.fromkeys(view._css for view in views)),
         codes=[code.replace("</script", "<\\/script") for code in codes],
-        state=json.dumps([_state(view, codes.index(view._esm)) for view in views]).replace("</", "<\\/"),
+        # No "<" at all: a token may be "</script>", or "<!--", after which the page would not end where it should.
+        state=json.dumps([_state(view, codes.index(view._esm)) for view in views]).replace("<", "\\u003c"),
     )
     if path is None:
         return made
@@ -61,4 +62,5 @@ def _state(view: LiveView, code: int) -> dict[str, Any]:
             buffers[name] = base64.b64encode(zlib.compress(value, 9)).decode()
         else:
             traits[name] = value
-    return {"code": code, "traits": traits, "buffers": buffers, "shared": view._shared, "sites": list(view._sites())}
+    known = {"shared": view._shared, "sites": list(view._sites()), "tokens": view._n_tokens}
+    return {"code": code, "traits": traits, "buffers": buffers, **known}

@@ -9,7 +9,7 @@ import numpy as np
 import traitlets
 
 from ..errors import OptionError, SiteError
-from .widget import LiveView, linked, script, style
+from .widget import LiveView, linkable, linked, script, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,14 +44,26 @@ class ScoresView(LiveView):
             raise OptionError(f"{len(scores)} scores, none of them a finite number", expected="at least one")
         self._names = [cell["site"] for cell in cells]
         by_head = bool(scores.frame["head"].notna().all())
-        down = "head" if by_head else "position" if grid.shape[1] > 1 else scores.frame["kind"].iloc[0]
-        task, model = scores.meta.get("task", {}).get("name"), scores.meta.get("model")
+        shared = bool(scores.frame["site"].str.contains("kv").any())
+        down = (
+            "group"
+            if shared
+            else "head"
+            if by_head
+            else "position"
+            if grid.shape[1] > 1
+            else scores.frame["kind"].iloc[0]
+        )
+        task, model = scores.meta.get("task"), scores.meta.get("model")
+        task = task.get("name") if isinstance(task, dict) else task
         what = [str(one) for one in (scores.meta.get("method"), task, model) if one]
         super().__init__(
             about={
                 "title": ": ".join(["Scores", *([", ".join(what)] if what else [])]),
                 "unit": scores.unit,
-                "rows": [f"{down} {i}" if down in ("head", "position") else down for i in range(grid.shape[1])],
+                "rows": [
+                    f"{down} {i}" if down in ("head", "group", "position") else down for i in range(grid.shape[1])
+                ],
                 "columns": list(range(grid.shape[0])),
                 "cells": cells,
             },
@@ -73,7 +85,7 @@ class ScoresView(LiveView):
     def sentence(self) -> str:
         """The largest scores, in words."""
         ranked = sorted(self.about["cells"], key=lambda cell: -abs(cell["score"]))[:5]
-        first = ", ".join(f"{cell['site']} {cell['score']:.3f}" for cell in ranked)
+        first = ", ".join(f"{cell['site']} {cell['score']:.3g}" for cell in ranked)
         return f"{self.title}, in {self.about['unit']}. The largest of {len(self._names)}: {first}."
 
     def _sites(self) -> Sequence[str]:
@@ -89,7 +101,7 @@ class ScoresView(LiveView):
 def scores_view(scores: Scores, kind: str | None = None, link: LiveView | Sequence[LiveView] = ()) -> ScoresView:
     """See ``Scores.show``."""
     view = ScoresView(scores.of_kind(kind))
-    linked(view, *([link] if isinstance(link, LiveView) else link))
+    linked(view, *linkable(link))
     return view
 
 
@@ -115,4 +127,4 @@ def _cells(scores: Scores) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) else round(float(value), 6)
+    return None if value is None or not np.isfinite(value) else float(f"{float(value):.6g}")

@@ -37,6 +37,7 @@ class TokensView(LiveView):
         self._scores = scores
         rows = {kind: _rows(scores.frame.loc[scores.frame["kind"] == kind]) for kind in ("token", "phrase")}
         first = scores.frame.iloc[0]
+        self._n_tokens = len(rows["token"])
         whole = "" if np.isnan(first["rest"]) else f"{scores.unit} = {first['score'] + first['rest']:+.3f}."
         super().__init__(
             about={

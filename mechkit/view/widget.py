@@ -13,15 +13,14 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import anywidget
 import traitlets
 
-from ..errors import SiteError
+from ..errors import MechkitError, SiteError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +39,19 @@ def style(*names: str) -> str:
     return "\n".join((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in names)
 
 
+class Linkable(Protocol):
+    """What ``linked`` needs of a view."""
+
+    _shared: ClassVar[dict[str, str]]
+    selection: Any
+
+    def _sites(self) -> Sequence[str]: ...
+
+    def observe(self, handler: Any, names: Any = ...) -> None:
+        """As of traitlets."""
+        ...
+
+
 class LiveView(anywidget.AnyWidget):
     """A widget with a picture, a sentence and a page.
 
@@ -51,6 +63,8 @@ class LiveView(anywidget.AnyWidget):
 
     _exported: ClassVar[tuple[str, ...]] = ()  # the traits that a page reads
     _shared: ClassVar[dict[str, str]] = {"selection": "selection"}  # what linked views share: its name, the trait's
+
+    _n_tokens: int = 0  # of the text, where there is one
 
     selection = traitlets.Any([]).tag(sync=True)
 
@@ -77,11 +91,7 @@ class LiveView(anywidget.AnyWidget):
 
     def _read_chosen(self, chosen: Any) -> list[str]:
         """What was assigned to ``selection`` as text; here any sites that the view has."""
-        words = chosen.replace(",", " ").split() if isinstance(chosen, str) else [str(one) for one in chosen]
-        known = {*self._sites()}
-        if missing := [one for one in words if one not in known]:
-            raise SiteError(f'"{missing[0]}" in the view', expected="one of its sites: " + _some(self._sites()))
-        return list(dict.fromkeys(words))
+        return read_chosen(chosen, self._sites())
 
     @traitlets.validate("selection")
     def _valid_selection(self, proposal: Any) -> list[str]:
@@ -112,6 +122,24 @@ class LiveView(anywidget.AnyWidget):
         return self.sentence()
 
 
+def read_chosen(chosen: Any, sites: Sequence[str]) -> list[str]:
+    """Sites as text, of a text, a ``HeadSet`` or several.
+
+    Raises:
+        SiteError: one that is not among ``sites``.
+    """
+    words = chosen.replace(",", " ").split() if isinstance(chosen, str) else [str(one) for one in chosen]
+    known = {*sites}
+    if missing := [one for one in words if one not in known]:
+        raise SiteError(f'"{missing[0]}" in the view', expected="one of its sites: " + _some(sites))
+    return list(dict.fromkeys(words))
+
+
+def told(error: Exception) -> str:
+    """An error as the page tells it: mechkit's own say what to do; of others the kind is told too."""
+    return str(error) if isinstance(error, MechkitError) else f"{type(error).__name__}: {error}"
+
+
 def with_picture(made: Any, picture: Figure, sentence: str) -> Any:
     """What a notebook keeps of a widget, with a picture and a sentence beside it."""
     if made is None:
@@ -124,25 +152,25 @@ def with_picture(made: Any, picture: Figure, sentence: str) -> Any:
     return {**data, "image/png": png, "text/plain": sentence}, metadata
 
 
-def linked(*views: LiveView) -> None:
-    """Let views share what is chosen, in focus and locked; what one of them does not know, it leaves out."""
+def linked(*views: LiveView | Linkable) -> None:
+    """Let views share what is chosen, in focus and locked.
+
+    Each takes what it knows. What it has chosen beside that, and the view that changed does not know, it keeps.
+    """
     passing = False
 
-    @contextmanager
-    def once() -> Iterator[bool]:
-        nonlocal passing
-        first, passing = not passing, True
-        try:
-            yield first
-        finally:
-            passing = passing and not first
-
-    def follow(view: LiveView, shared: str) -> None:
+    def follow(view: Any, shared: str) -> None:
         def pass_on(change: Any) -> None:
-            with once() as first:
-                for other in views if first else ():
+            nonlocal passing
+            if passing:
+                return
+            passing = True
+            try:
+                for other in views:
                     if other is not view and shared in other._shared:
-                        _give(other, shared, change["new"])
+                        _give(other, view, shared, change["new"])
+            finally:
+                passing = False
 
         view.observe(pass_on, view._shared[shared])
 
@@ -151,13 +179,22 @@ def linked(*views: LiveView) -> None:
             follow(view, shared)
 
 
-def _give(view: LiveView, shared: str, value: Any) -> None:
-    known = {*view._sites()}
+def _give(view: Any, sender: Any, shared: str, value: Any) -> None:
+    """Let a view take what another one has now."""
+    name, known = view._shared[shared], {*view._sites()}
     if shared == "selection":
-        value = [one for one in value if one in known]
-    elif shared == "focus" and value not in known:
+        theirs, own = {*sender._sites()}, view.selection
+        value = [*(one for one in own if one not in theirs), *(one for one in value if one in known)]
+        if {*value} == {*own}:
+            return
+    elif (shared == "focus" and value not in known) or (shared == "token" and value >= view._n_tokens):
         return
-    setattr(view, view._shared[shared], value)
+    setattr(view, name, value)
+
+
+def linkable(link: Any) -> list[Any]:
+    """What ``link=`` was given: a view, several, or an explorer, whose views they are."""
+    return [link] if hasattr(link, "_shared") else list(link)
 
 
 def _some(sites: Sequence[str], most: int = 8) -> str:

@@ -99,3 +99,11 @@ test("every part is reached by arrow keys from every other", () => {
   assert.equal(towards(boxes, "logits", "ArrowUp"), null);
   assert.equal(towards(boxes, "logits", "x"), null);
 });
+
+test("an edge that several parts of a group read counts once", () => {
+  const parts = grouped(NODES, [{ name: "pair", sites: ["1.0", "1.3"] }]);
+  const shared = { edge: "embed->1.kv0.k", source: "embed", readers: ["1.0", "1.3"], slot: "k", score: 0.3, order: 0 };
+  const [line] = lines(parts, [shared]);
+  assert.deepEqual([line.score, line.edges], [0.3, ["embed->1.kv0.k"]]);
+  assert.equal(lines(grouped(NODES, []), [shared]).length, 2);
+});

@@ -6,12 +6,12 @@
 //    the stand-in of an exported page). This file knows no language model: it asks for a head's values, and for what
 //    edits do, by setting state.
 // 3. While a run is on, later edits wait, and only the newest of them is sent.
-// 4. The keyboard does what the pointer does: arrows move, Enter chooses, letters act (listed under "?").
+// 4. The keyboard does what the pointer does: arrows move, Enter chooses, letters act (listed under "Keys").
 
 import { Asking } from "./asking.js";
 import { editControls, keyList, menu, tokenButtons } from "./controls.js";
 import { answers, bytesOf, make, takenBack } from "./elements.js";
-import { Frame, rendering } from "./frame.js";
+import { Frame, rendering, reveal } from "./frame.js";
 import { mapLayout, paintGrid, paintMap, paintMarks } from "./painting.js";
 import { arranged, cellAt, edited, fromByte, fromHalf, gridLayout, moved, palette, placeOf, told, tokenColour, visible } from "./parts.js";
 
@@ -141,7 +141,9 @@ class AttentionView extends Frame {
   focusValues() {
     const [layer, head] = this.focused;
     const { signed, limit, name } = this.about.maps[this.mapIndex()];
-    if (this.model.get("exact_of") === `${name}|${layer}.${head}`) {
+    const exact = this.model.get("exact_of") === `${name}|${layer}.${head}`;
+    this.figures = exact ? 3 : Math.max(0, Math.min(3, Math.ceil(-Math.log10(limit / 255)))); // what a byte can tell
+    if (exact) {
       const bytes = bytesOf(this.model.get("exact_values"));
       return fromHalf(new Uint16Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength)));
     }
@@ -186,9 +188,17 @@ class AttentionView extends Frame {
       ...painting,
       scores: scores?.values,
       selected: new Set(this.model.get("selection")),
-      changed: new Set(this.model.get("changes").map((edit) => edit.head)),
+      changed: new Set(this.asking.edits.map((edit) => edit.head)),
       focused: this.focused,
     });
+  }
+
+  /** Scroll the grid to the head in focus. */
+  reveal() {
+    const place = placeOf(this.rows.rows, this.focused);
+    if (!place) return;
+    const { margin, step, fall } = this.layout;
+    reveal(this.gridBox, margin + place[1] * step, margin + place[0] * fall, step, fall);
   }
 
   paintFocus() {
@@ -219,7 +229,7 @@ class AttentionView extends Frame {
       word.style.background = value ? tokenColour(value, limit) : "";
       word.classList.toggle("mk-from", i === row);
       word.setAttribute("aria-pressed", String(i === this.locked));
-      word.title = seen ? `${visible(tokens[i])}: ${value.toFixed(3)}` : visible(tokens[i]);
+      word.title = seen ? `${visible(tokens[i])}: ${value.toFixed(this.figures)}` : visible(tokens[i]);
     });
   }
 
@@ -234,7 +244,7 @@ class AttentionView extends Frame {
     const score = value === null ? "" : `, ${scores.unit} ${value.toFixed(3)}`;
     const others = chosen.length ? ` Chosen: ${chosen.join(" ")}.` : "";
     this.caption.textContent = `Head ${name}${score}.${others}`;
-    const alpha = this.model.get("changes").find((edit) => edit.head === name && edit.how === "scale")?.alpha ?? 1;
+    const alpha = this.asking.edits.find((edit) => edit.head === name && edit.how === "scale")?.alpha ?? 1;
     if (this.slider) this.slider.value = String(alpha);
     this.paintAll();
   }
@@ -282,7 +292,7 @@ class AttentionView extends Frame {
       Math.min(tokens.length - 1, Math.max(0, Math.floor((at * tokens.length) / side))),
     );
     const value = this.values[row * tokens.length + column];
-    this.tip(`${visible(tokens[row])} → ${visible(tokens[column])}: ${value.toFixed(3)}`, event);
+    this.tip(`${visible(tokens[row])} → ${visible(tokens[column])}: ${value.toFixed(this.figures)}`, event);
     if (this.hoverToken !== row) this.overToken(row);
   }
 
@@ -291,7 +301,7 @@ class AttentionView extends Frame {
     const [row, column] = placeOf(rows, this.focused) ?? [0, 0];
     const next = moved(event.key, row, column, rows.length, rows[row]?.length ?? 0);
     const { tokens, live } = this.about;
-    const alpha = Number(this.slider?.value ?? 1);
+    const alpha = this.asking.edits.find(({ head, how }) => head === this.model.get("head") && how === "scale")?.alpha ?? 1;
     const choose = () => this.choose(this.model.get("head"));
     const louder = () => this.edit("scale", Math.min(2, alpha + 0.25));
     this.pressed(event, {
@@ -309,7 +319,12 @@ class AttentionView extends Frame {
         u: () => this.undo(),
         0: () => this.ask([]),
       }),
-      ...(next && { [event.key]: () => this.focus(...(rows[next[0]][next[1]] ?? rows[next[0]].at(-1))) }),
+      ...(next && {
+        [event.key]: () => {
+          this.focus(...(rows[next[0]][next[1]] ?? rows[next[0]].at(-1)));
+          this.reveal();
+        },
+      }),
     });
   }
 
@@ -329,11 +344,12 @@ class AttentionView extends Frame {
   ask(edits) {
     this.asking.send(edits);
     this.asking.shownOn(this.table);
+    this.showEdits();
   }
 
   showEdits() {
     const without = (edit) => this.ask(this.asking.edits.filter((one) => one.head !== edit.head));
-    this.list.replaceChildren(...takenBack(this.model.get("changes"), told, without));
+    this.list.replaceChildren(...takenBack(this.asking.edits, told, without));
     this.showFocus();
   }
 

@@ -10,7 +10,7 @@ import { Asking } from "./asking.js";
 import { circuitControls, keyList } from "./controls.js";
 import { paintCircuit, paintCurve } from "./drawing.js";
 import { faithfulnessTold, make, takenBack } from "./elements.js";
-import { Frame, rendering } from "./frame.js";
+import { Frame, rendering, reveal } from "./frame.js";
 import { boxAt, grouped, layered, lineAt, lines, towards } from "./layers.js";
 import { number, toggled } from "./parts.js";
 
@@ -80,6 +80,7 @@ class CircuitView extends Frame {
     this.slider.max = String(total);
     this.box.setAttribute("aria-label", `${title}. Arrows go from part to part.`);
     this.note.textContent = [columns_by, edges_by, "Blue, full lines: for the answer; orange, dashed: against it."].filter(Boolean).join(" ");
+    this.measured = JSON.stringify(this.model.get("changes")); // what the result that came with the data is of
     this.showChanges();
     this.showResult();
   }
@@ -127,8 +128,9 @@ class CircuitView extends Frame {
     const { size, cuts } = this.changes;
     this.curve.hidden = curve.length === 0;
     if (!curve.length) return;
-    const { answered, faithfulness } = this.model.get("result") ?? {};
-    const now = this.about.live && answered !== undefined ? (faithfulness ?? null) : cuts.length ? null : this.known(size);
+    const fresh = this.about.live ? !this.asking.running : JSON.stringify(this.changes) === this.measured;
+    const { faithfulness } = (fresh && this.model.get("result")) || {};
+    const now = faithfulness ?? (cuts.length ? null : this.known(size));
     paintCurve(this.curve, { width: Math.min(320, this.side.clientWidth || 280), points: curve, size, now, ink: this.ink, dark: this.dark });
   }
 
@@ -146,8 +148,8 @@ class CircuitView extends Frame {
 
   toldPart({ name, sites, score, se, group }) {
     const members = group ? ` (${sites.join(" ")})` : "";
-    const number = score === null ? "" : `: ${score.toFixed(3)}${se && !group ? ` ± ${se.toFixed(3)}` : ""} ${this.about.unit}`;
-    return `${name}${members}${number}`;
+    const error = se && !group ? ` ± ${number(se).slice(1)}` : "";
+    return `${name}${members}${score === null ? "" : `: ${number(score)}${error} ${this.about.unit}`}`;
   }
 
   toldLine({ from, to, slot, score, edges }) {
@@ -171,7 +173,8 @@ class CircuitView extends Frame {
     const sent = live && this.asking.goOn();
     if (live) this.asking.shownOn(this.answer);
     if (sent) return;
-    const result = live ? (this.model.get("result") ?? {}) : cuts.length ? {} : { faithfulness: this.known(size) ?? undefined };
+    const told = live || JSON.stringify(this.changes) === this.measured ? (this.model.get("result") ?? {}) : {};
+    const result = told.faithfulness === undefined && !live && !cuts.length ? { faithfulness: this.known(size) ?? undefined } : told;
     this.answer.replaceChildren(...faithfulnessTold(result, curve.at(-1)?.faithfulness));
     if (!live && curve.length && result.faithfulness === undefined) this.answer.textContent = "Not measured: that needs the model.";
     this.paintCurve();
@@ -217,6 +220,8 @@ class CircuitView extends Frame {
     this.line = null;
     this.set({ site: part.sites[0] });
     this.paint();
+    const { x, y, wide, high } = this.layout.boxes[name];
+    reveal(this.box, x - wide, y - high, 2 * wide, 2 * high);
   }
 
   /** Go over the lines of the part in focus, in order of size. */

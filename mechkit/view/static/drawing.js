@@ -33,7 +33,8 @@ export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper
   columns.forEach((name, i) => context.fillText(shortened(visible(name).trim(), Math.max(4, room)), middles[i], layout.height - 12));
   context.globalAlpha = 1;
   const largest = Math.max(...lines.map((one) => Math.abs(one.score)), 0) || 1;
-  const isCut = (one) => one.edges.every((edge) => cuts.has(edge)) || [one.from, one.to].some((name) => cuts.has(name));
+  const gone = new Set(parts.filter((part) => part.sites.every((site) => cuts.has(site))).map((part) => part.name));
+  const isCut = (one) => one.edges.every((edge) => cuts.has(edge)) || gone.has(one.from) || gone.has(one.to);
   const near = (one) => one === line || one.from === focus || one.to === focus;
   for (const one of [...lines].sort((a, b) => Number(near(a)) - Number(near(b)))) {
     const curve = curveOf(boxes, one);
@@ -68,7 +69,7 @@ export function paintCircuit(canvas, { layout, parts, lines, columns, ink, paper
     context.fillStyle = ink;
     context.font = `${chosen ? "bold " : ""}11px sans-serif`;
     context.fillText(part.name, x, y + 0.5);
-    if (part.sites.every((site) => cuts.has(site))) cross(context, { x, y }, 9, own.edited);
+    if (gone.has(part.name)) cross(context, { x, y }, 9, own.edited);
   }
 }
 

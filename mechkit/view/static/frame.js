@@ -93,12 +93,18 @@ export class Frame {
 
   /** Do what a key stands for ({key: action}). */
   pressed(event, actions) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!isPlain(event)) return;
     const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!action) return;
     event.preventDefault();
     action();
   }
+}
+
+/** Scroll a box so that a place in it is seen. */
+export function reveal(box, x, y, wide, high) {
+  box.scrollLeft = Math.max(x + wide - box.clientWidth, Math.min(box.scrollLeft, x));
+  box.scrollTop = Math.max(y + high - box.clientHeight, Math.min(box.scrollTop, y));
 }
 
 /** Whether a key is for the view: one with Ctrl or the like, or that runs a cell, is for the host. */

@@ -49,8 +49,10 @@ export function lines(parts, edges) {
       const slot = to.group ? "" : edge.slot;
       const key = `${from.name}|${to.name}|${slot}`;
       const line = found.get(key) ?? { from: from.name, to: to.name, slot, score: 0, edges: [] };
-      line.score += edge.score;
-      line.edges.push(edge.edge);
+      if (!line.edges.includes(edge.edge)) {
+        line.score += edge.score; // once, though several parts of a group may read it
+        line.edges.push(edge.edge);
+      }
       found.set(key, line);
     }
   }

@@ -154,5 +154,5 @@ export function number(value) {
 /** A list with some more, or without them where it had them all. */
 export function toggled(list, some) {
   if (some.every((one) => list.includes(one))) return list.filter((one) => !some.includes(one));
-  return [...list, ...some.filter((one) => !list.includes(one))];
+  return [...new Set([...list, ...some])];
 }

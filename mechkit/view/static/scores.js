@@ -4,9 +4,9 @@
 
 import { keyList } from "./controls.js";
 import { make } from "./elements.js";
-import { Frame, rendering } from "./frame.js";
+import { Frame, rendering, reveal } from "./frame.js";
 import { paintScores, scoreLayout } from "./maps.js";
-import { moved, palette } from "./parts.js";
+import { moved, number, palette } from "./parts.js";
 
 const KEYS = [
   ["arrows", "move over the map"],
@@ -69,9 +69,9 @@ class ScoresView extends Frame {
   /** A cell in words. */
   told(cell, whole) {
     if (!cell) return null;
-    const se = cell.se ? ` ± ${cell.se.toFixed(3)}` : "";
+    const se = cell.se ? ` ± ${number(cell.se).slice(1)}` : "";
     const metric = whole && cell.metric !== null ? `; metric ${cell.metric.toFixed(3)}` : "";
-    return `${cell.site}: ${cell.score.toFixed(3)}${se}${whole ? ` ${this.about.unit}` : ""}${metric}`;
+    return `${cell.site}: ${number(cell.score)}${se}${whole ? ` ${this.about.unit}` : ""}${metric}`;
   }
 
   at(event) {
@@ -81,7 +81,23 @@ class ScoresView extends Frame {
   }
 
   focus(cell) {
-    if (cell) this.set({ site: cell.site });
+    if (!cell) return;
+    this.set({ site: cell.site });
+    const { margin, wide, high } = this.layout;
+    reveal(this.box, margin + cell.column * wide, cell.row * high, wide, high);
+  }
+
+  /** The next cell with a score, where a key leads. */
+  towards(key) {
+    const { rows, columns } = this.about;
+    let { row, column } = this.focused ?? { row: 0, column: 0 };
+    for (;;) {
+      const next = moved(key, row, column, rows.length, columns.length);
+      if (!next || (next[0] === row && next[1] === column)) return this.places.get(`${row},${column}`);
+      [row, column] = next;
+      const found = this.places.get(next.join(","));
+      if (found || !key.startsWith("Arrow")) return found;
+    }
   }
 
   clicked(event) {
@@ -96,9 +112,7 @@ class ScoresView extends Frame {
   }
 
   keyed(event) {
-    const { rows, columns } = this.about;
-    const { row, column } = this.focused ?? { row: 0, column: 0 };
-    const next = moved(event.key, row, column, rows.length, columns.length);
+    const next = moved(event.key, 0, 0, 1, 1);
     const rank = this.ranked.indexOf(this.focused);
     const choose = () => this.choose(this.model.get("site"));
     this.pressed(event, {
@@ -107,7 +121,7 @@ class ScoresView extends Frame {
       "[": () => this.focus(this.ranked[Math.max(0, rank - 1)]),
       "]": () => this.focus(this.ranked[Math.min(this.ranked.length - 1, rank + 1)]),
       Escape: () => this.set({ selection: [] }),
-      ...(next && { [event.key]: () => this.focus(this.places.get(next.join(","))) }),
+      ...(next && { [event.key]: () => this.focus(this.towards(event.key)) }),
     });
   }
 }

@@ -1,4 +1,4 @@
-// A text with its tokens coloured by score: point at one for its numbers, lock it, choose several.
+// A text with its tokens coloured by score: point at one for its numbers, and lock it.
 
 import { keyList } from "./controls.js";
 import { make } from "./elements.js";
