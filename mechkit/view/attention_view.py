@@ -8,7 +8,6 @@ What the page sets, ``head``, ``selection`` and ``changes``, Python can set too.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +18,7 @@ import traitlets
 from ..edits import Edit
 from ..errors import OptionError, SiteError
 from ..sites import HeadSet, heads, site
-from .widget import LiveView, script, style, told
+from .widget import LiveView, answer, script, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -243,12 +242,8 @@ class AttentionView(LiveView):
     def _answer(self, change: Any) -> None:
         if self._run is None or not change["new"]:
             return
-        started = time.perf_counter()
-        try:
-            result = self._run(self.changes)
-        except Exception as error:  # whatever it is, the page must hear of it, or it would wait
-            result = {**{k: v for k, v in self.result.items() if k != "error"}, "error": told(error)}
-        self.result = {**result, "answered": change["new"], "seconds": round(time.perf_counter() - started, 4)}
+        run, kept = self._run, {name: value for name, value in self.result.items() if name != "error"}
+        self.result = answer(lambda: run(self.changes), change["new"], kept)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -5,7 +5,6 @@ A view knows no model: it gets the circuit as plain data, a curve, and a callbac
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,7 @@ import traitlets
 from ..errors import OptionError, SiteError
 from ..graph import ARROW, Edge, edge
 from ..sites import Site, site
-from .widget import LiveView, script, style, told
+from .widget import LiveView, answer, script, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,9 +181,5 @@ class CircuitView(LiveView):
     def _answer(self, change: Any) -> None:
         if self._run is None or not change["new"]:
             return
-        started = time.perf_counter()
-        try:
-            result = self._run(self.changes["size"], self.changes["cuts"])
-        except Exception as error:  # whatever it is, the page must hear of it, or it would wait
-            result = {"error": told(error)}
-        self.result = {**result, "answered": change["new"], "seconds": round(time.perf_counter() - started, 4)}
+        run = self._run
+        self.result = answer(lambda: run(self.changes["size"], self.changes["cuts"]), change["new"], {})

@@ -12,8 +12,9 @@ from __future__ import annotations
 import base64
 import io
 import re
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -135,9 +136,18 @@ def read_chosen(chosen: Any, sites: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def told(error: Exception) -> str:
-    """An error as the page tells it: mechkit's own say what to do; of others the kind is told too."""
-    return str(error) if isinstance(error, MechkitError) else f"{type(error).__name__}: {error}"
+def answer(run: Callable[[], dict[str, Any]], asked: int, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run gave, for the page: the number of what was asked, and its seconds; or its error beside what is kept.
+
+    mechkit's own errors say what to do; of others the kind is told too.
+    """
+    started = time.perf_counter()
+    try:
+        result = run()
+    except Exception as error:  # whatever it is, the page must hear of it, or it would wait
+        told = str(error) if isinstance(error, MechkitError) else f"{type(error).__name__}: {error}"
+        result = {**kept, "error": told}
+    return {**result, "answered": asked, "seconds": round(time.perf_counter() - started, 4)}
 
 
 def with_picture(made: Any, picture: Figure, sentence: str) -> Any:
