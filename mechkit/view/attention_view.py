@@ -82,7 +82,7 @@ class AttentionView(LiveView):
         result: what the edits did.
     """
 
-    _esm = script("parts", "elements", "painting", "controls", "asking", "frame", "attention")
+    _esm = script("parts", "elements", "painting", "controls", "asking", "frame", "attention_painting", "attention")
     _css = style("views")
     _exported = tuple(
         "about maps map layer column order head token exact_of exact_values selection changes asked result".split()
