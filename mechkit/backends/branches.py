@@ -124,16 +124,21 @@ class Branches:
     @contextmanager
     def _known(self, layer: int, stream: Tensor, attention_out: Tensor) -> Iterator[None]:
         """While active, the attention module of a layer gives this, whatever it is given."""
-        module = self._blocks[layer].attn
+        attention = self._blocks[layer].attn
+        module = getattr(attention, "hub_module", attention)
         rest = self._answers[layer]
         if self._adds_stream:  # Bloom's
             attention_out = stream + attention_out
         # In the instance's own dictionary: a bridge passes attributes that are set on it on to the Hub's module.
-        vars(module)["forward"] = lambda *_, **__: attention_out if rest is None else (attention_out, *rest)
+        own, before = vars(module), vars(module).get("forward")
+        own["forward"] = lambda *_, **__: attention_out if rest is None else (attention_out, *rest)
         try:
             yield
         finally:
-            del vars(module)["forward"]
+            if before is None:
+                del own["forward"]
+            else:  # accelerate's, of a model on several devices
+                own["forward"] = before
 
     def _check(self) -> None:
         """Run a few tokens and compare.

@@ -28,7 +28,7 @@ Function: TypeAlias = "Callable[[Tensor], Tensor | None]"
 # How far two ways of computing the same may be apart, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
-_POINTS = {
+POINTS = {
     "z": "blocks.{}.attn.hook_z",
     "q": "blocks.{}.attn.hook_q",
     "k": "blocks.{}.attn.hook_k",
@@ -65,7 +65,7 @@ class Hooks:
         if kind == "resid" and layer == self._info.n_layers:
             name = f"blocks.{layer - 1}.hook_resid_post"
         else:
-            name = _POINTS[kind].format(layer)
+            name = POINTS[kind].format(layer)
         if name not in self._points:
             raise self._none(kind, layer, f"a model that TransformerLens serves at {name}")
         return self._points[name]
@@ -178,9 +178,10 @@ def _took(seen: dict, layer: int, eye: Tensor) -> bool:
 def _tapped(attention: torch.nn.Module, listeners: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Put listeners around the softmax of an attention module."""
     modes: list[_Softmax] = []
+    sinks = getattr(getattr(attention, "hub_module", attention), "sinks", None)
 
     def enter(*_: Any) -> None:
-        modes.append(_Softmax(listeners))
+        modes.append(_Softmax(listeners, sinks))
         modes[-1].__enter__()
 
     def leave(*_: Any) -> None:
@@ -198,17 +199,27 @@ def _tapped(attention: torch.nn.Module, listeners: Mapping[str, Callable[[Tensor
 
 
 class _Softmax(TorchFunctionMode):
-    """Calls listeners before and after every softmax of four axes."""
+    """Calls listeners before and after every softmax of four axes.
 
-    def __init__(self, listeners: Mapping[str, Callable[[Tensor], Tensor]]):
+    Where heads have sinks (gpt-oss), the softmax is given one more column, less the largest of its row. Listeners get
+    the scores as they were before, and neither scores nor pattern have the sink.
+    """
+
+    def __init__(self, listeners: Mapping[str, Callable[[Tensor], Tensor]], sinks: Tensor | None):
         super().__init__()
-        self._listeners = listeners
+        self._listeners, self._sinks = listeners, sinks
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func not in _SOFTMAX or args[0].ndim != 4:
             return func(*args, **(kwargs or {}))
-        scores = self._listeners.get("scores", _as_it_is)(args[0])
-        return self._listeners.get("pattern", _as_it_is)(func(scores, *args[1:], **(kwargs or {})))
+        scores, rest, options = args[0], args[1:], kwargs or {}
+        listen, look = (self._listeners.get(kind, _as_it_is) for kind in ("scores", "pattern"))
+        if self._sinks is None:
+            return look(func(listen(scores), *rest, **options))
+        sinks = self._sinks.reshape(1, -1, 1, 1).expand_as(scores[..., -1:])
+        scores = listen(scores[..., :-1] + (sinks - scores[..., -1:]))
+        pattern = func(torch.cat([scores, sinks], -1), *rest, **options)
+        return torch.cat([look(pattern[..., :-1]), pattern[..., -1:]], -1)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -57,11 +57,12 @@ class LensBackend:
     """Runs a ``TransformerBridge``.
 
     Args:
-        bridge: the bridge, its model in evaluation mode.
+        bridge: the bridge, its model in evaluation mode; or a ``PlainBridge``.
         name: what to call the model in tables and messages.
+        hooks: how functions are hung on its sites.
     """
 
-    def __init__(self, bridge: Any, name: str):
+    def __init__(self, bridge: Any, name: str, hooks: type[Hooks] = Hooks):
         self.bridge = bridge
         self.hf = bridge.original_model
         cfg = bridge.cfg
@@ -79,7 +80,7 @@ class LensBackend:
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
         )
-        self.sites = Hooks(bridge, self.info)
+        self.sites = hooks(bridge, self.info)
         self.readout = Readout(self.hf, self.info)
         self._exact_cache: bool | None = None  # not tried out yet
         self._row_bytes: dict[tuple[int, ...], int] = {}  # by shape of a base run that passed its check
