@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .backends.elsewhere import where_the_model_is
 from .errors import MechkitError, OptionError, PromptError
 from .library import quiet_library
 from .prompts import Prompts, as_batch
@@ -40,23 +41,7 @@ def continued(
             expected=f"at most {model.info.n_ctx} in all, the context of {model.name}",
         )
     given = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": model.pad_token, **options}
-    resolved = model.resolved(edits, prompts if isinstance(prompts, Task) else None)
-    rows: list[list[int]] = [[] for _ in ids]
-    for length in lengths.unique().tolist():
-        these = (lengths == length).nonzero()[:, 0]
-        some = [_of_rows(edit, these, len(ids)) for edit in resolved] if len(these) < len(ids) else resolved
-        try:
-            with quiet_library():
-                made = model.backend.generate(ids[these, :length], some, given)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, MechkitError):
-                raise
-            raise OptionError(
-                f"generate with {', '.join(options) or 'these options'}: {str(error).splitlines()[0]}",
-                expected="options of the Hub's generate",
-            ) from error
-        for row, tokens in zip(these.tolist(), made.tolist(), strict=True):
-            rows[row] = tokens
+    rows = _rows(model, ids, lengths, edits, prompts if isinstance(prompts, Task) else None, given, list(options))
     if isinstance(prompts, Tensor):
         out = pad_right(rows, model.pad_token)[0]
         return out if prompts.ndim == 2 else out[0]
@@ -65,6 +50,37 @@ def continued(
         return prompts + texts[0][1]
     before = prompts.texts if isinstance(prompts, Task) else list(prompts)
     return [whole if not before else before[i] + new for i, (whole, new) in enumerate(texts)]
+
+
+@where_the_model_is
+def _rows(
+    model: Model,
+    ids: Tensor,
+    lengths: Tensor,
+    edits: Sequence[Edit],
+    task: Task | None,
+    options: Mapping[str, Any],
+    given: Sequence[str],
+) -> list[list[int]]:
+    """Every prompt's tokens, continued; ``given`` names the options that are not ours."""
+    resolved = model.resolved(edits, task)
+    rows: list[list[int]] = [[] for _ in ids]
+    for length in lengths.unique().tolist():
+        these = (lengths == length).nonzero()[:, 0]
+        some = [_of_rows(edit, these, len(ids)) for edit in resolved] if len(these) < len(ids) else resolved
+        try:
+            with quiet_library():
+                made = model.backend.generate(ids[these, :length], some, options)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, MechkitError):
+                raise
+            raise OptionError(
+                f"generate with {', '.join(given) or 'these options'}: {str(error).splitlines()[0]}",
+                expected="options of the Hub's generate",
+            ) from error
+        for row, tokens in zip(these.tolist(), made.tolist(), strict=True):
+            rows[row] = tokens
+    return rows
 
 
 def _text(model: Model, row: list[int], length: int) -> tuple[str, str]:

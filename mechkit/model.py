@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.protocol import Backend, ModelInfo, Read
+from .backends.elsewhere import where_the_model_is
+from .backends.protocol import Backend, Forward, ModelInfo, Read
 from .edits import Edit
 from .errors import PromptError, UnsupportedError
 from .graph import Graph
@@ -90,17 +91,7 @@ class Model:
     @cached_property
     def weights_hash(self) -> str:
         """A fingerprint of the weights, for provenance: the same weights give the same 16 hex digits."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        with torch.inference_mode():
-            for name, parameter in sorted(self.hf.named_parameters()):
-                sums = [0.0, 0.0]
-                for part in parameter.flatten().split(_HASHED_AT_ONCE):
-                    exact = part.double()
-                    sums = [sums[0] + float(exact.sum()), sums[1] + float(exact.square().sum())]
-                digest.update(f"{name} {list(parameter.shape)} {sums[0]:.12e} {sums[1]:.12e}".encode())
-        return digest.hexdigest()[:16]
+        return _weights_hash(self)
 
     def heads(self, addresses: SitesLike | None = None) -> HeadSet:
         """Every head, or the named ones, as a set that knows how many heads a layer has.
@@ -168,7 +159,7 @@ class Model:
         """
         tokens, lengths = as_batch(self, prompts)
         task = prompts if isinstance(prompts, Task) else None
-        done = self.backend.forward(tokens, self.resolved(edits, task), sites(record), lengths=lengths)
+        done = _forward(self, tokens, edits, task, sites(record), None, lengths)
         return Run(self, done.logits, tokens, lengths, done.recorded)
 
     def generate(
@@ -203,7 +194,7 @@ class Model:
 
     def read(self, tokens: Tensor, positions: Tensor, columns: Tensor | None, edits: Sequence[Edit] = ()) -> Tensor:
         """Only the logits at one position a prompt: ``[batch, k]`` for ``columns [batch, k]``, else all."""
-        return self.backend.forward(tokens, edits, read=Read(positions, columns)).logits
+        return _forward(self, tokens, edits, None, (), Read(positions, columns)).logits
 
     def resolved(self, edits: Sequence[Edit], task: Task | None) -> list[Edit]:
         """The same edits, with spans looked up in the task, and means and resampled values in their references.
@@ -240,3 +231,32 @@ class Model:
         if not hasattr(self.backend, what):
             raise UnsupportedError(f"{type(self.backend).__name__} has no {what} underneath")
         return getattr(self.backend, what)
+
+
+@where_the_model_is
+def _forward(
+    model: Model,
+    tokens: Tensor,
+    edits: Sequence[Edit],
+    task: Task | None,
+    record: Sequence[Site],
+    read: Read | None = None,
+    lengths: Tensor | None = None,
+) -> Forward:
+    """One run; means and resampled values are taken where it runs."""
+    return model.backend.forward(tokens, model.resolved(edits, task), record, read, lengths)
+
+
+@where_the_model_is
+def _weights_hash(model: Model) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    with torch.inference_mode():
+        for name, parameter in sorted(model.hf.named_parameters()):
+            sums = [0.0, 0.0]
+            for part in parameter.flatten().split(_HASHED_AT_ONCE):
+                exact = part.double()
+                sums = [sums[0] + float(exact.sum()), sums[1] + float(exact.square().sum())]
+            digest.update(f"{name} {list(parameter.shape)} {sums[0]:.12e} {sums[1]:.12e}".encode())
+    return digest.hexdigest()[:16]

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..backends.elsewhere import kept_where_the_model_is
 from ..backends.protocol import Ablated, EdgeRuns, Keep, Read
 from ..errors import OptionError, UnsupportedError
 from ..graph import Edge, EdgeLike, Graph
+from ..progress import bar as progress_bar
 from ..prompts import check_task
 from ..references import corrupt_activations, template_means
 from ..sites import Site
@@ -94,6 +95,7 @@ class _Measured:
         return self._task.metric(logits, self._task, self._clean).cpu().numpy()
 
 
+@kept_where_the_model_is
 class Keeper(_Measured):
     """Measures a task with every head, or MLP, ablated but those it is told to keep.
 
@@ -151,7 +153,7 @@ class Keeper(_Measured):
         any_part = heads.any(-1) | mlps if "mlp" in self._kinds else heads.any(-1)
         order = any_part.int().argmax(-1).argsort(descending=True)
         values = np.empty((len(kept), len(self._task)), dtype=np.float32)
-        with tqdm(total=values.size, desc="evaluating", unit="run", disable=not progress) as bar:
+        with progress_bar(values.size, "evaluating", "run", show=progress) as bar:
             for some in order.split(_SETS_AT_ONCE):
                 logits = self._logits(len(some))
                 for rows, window in self._groups:
@@ -168,6 +170,7 @@ class Keeper(_Measured):
         return values
 
 
+@kept_where_the_model_is
 class EdgeKeeper(_Measured):
     """Measures a task with only some edges carrying what their source writes, all others what it writes when ablated.
 
@@ -239,7 +242,7 @@ class EdgeKeeper(_Measured):
             )
         values = np.empty((len(masks), len(self._task)), dtype=np.float32)
         at_once = max(1, _AT_ONCE // (4 * self._logits(1).numel() + masks[0].numel()))
-        with tqdm(total=values.size, desc="evaluating", unit="run", disable=not progress) as bar:
+        with progress_bar(values.size, "evaluating", "run", show=progress) as bar:
             for sets in torch.arange(len(masks)).split(at_once):
                 logits = self._logits(len(sets))
                 for rows, runs in self._groups:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..backends.elsewhere import kept_where_the_model_is
 from ..backends.lens import local_backend
 from ..backends.memory import OutputBytes, rows_at_once
 from ..backends.protocol import Read
@@ -55,8 +56,8 @@ class Asked:
 
 
 def of_decoder(model: Model, text: str, answer: Choice, against: Choice, rules: Rules) -> Asked:
-    """A local model's next token after a text."""
-    backend, tokenizer = local_backend(model, "Token scores of"), model.need_tokenizer()
+    """A model's next token after a text."""
+    tokenizer = model.need_tokenizer()
     tokens = model.tokens(text)
     ids: list[int] = tokens[0].tolist()
     offsets = None
@@ -72,21 +73,35 @@ def of_decoder(model: Model, text: str, answer: Choice, against: Choice, rules: 
 
     own = int(model.read(tokens, last, None)[0].argmax()) if answer is None else answer
     columns = [token(own, "The answer"), *([] if against is None else [token(against, "What it is held against")])]
-    replay = backend.start(tokens, 0)
-    begin, device = site("embed"), replay.stream(0).device
-
-    def run(where: Tensor) -> tuple[Tensor, float]:
-        sources = [Source((begin,), mask[None]) for mask in where]
-        zero = {("resid", 0): torch.zeros((), dtype=replay.stream(0).dtype, device=device)}
-        out = split_pass(backend, replay, rules, sources, zero, {}, Read(last, torch.tensor([columns])))
-        assert out is not None
-        return _difference(out)
-
+    runs = _Runs(model, tokens, columns, rules)
     about = {"model": model.name, "source": model.source, "weights": model.weights_hash}
     about |= {"device": model.info.device, "dtype": model.info.dtype}
     names = [repr(model.to_text(column)) for column in columns]
-    rows = rows_at_once(_PARTS * replay.row_bytes, len(ids), device)
-    return Asked(pieces(tokenizer, text, ids, offsets), names[0], (*names, None)[1], run, rows, about)
+    return Asked(pieces(tokenizer, text, ids, offsets), names[0], (*names, None)[1], runs.run, runs.rows, about)
+
+
+@kept_where_the_model_is
+class _Runs:
+    """A base run of one text, and passes through it.
+
+    Attributes:
+        rows: how many sources fit at once.
+    """
+
+    def __init__(self, model: Model, tokens: Tensor, columns: Sequence[int], rules: Rules):
+        self._backend, self._rules = local_backend(model, "Token scores of"), rules
+        self._replay = self._backend.start(tokens, 0)
+        self._read = Read(torch.tensor([tokens.shape[1] - 1]), torch.tensor([columns]))
+        self.rows = rows_at_once(_PARTS * self._replay.row_bytes, tokens.shape[1], self._replay.stream(0).device)
+
+    def run(self, where: Tensor) -> tuple[Tensor, float]:
+        """See ``Asked.run``."""
+        begin, stream = site("embed"), self._replay.stream(0)
+        sources = [Source((begin,), mask[None]) for mask in where]
+        zero = {("resid", 0): torch.zeros((), dtype=stream.dtype, device=stream.device)}
+        out = split_pass(self._backend, self._replay, self._rules, sources, zero, {}, self._read)
+        assert out is not None
+        return _difference(out)
 
 
 def of_hub(hf: Any, tokenizer: Any, text: str, answer: Choice, against: Choice, rules: Rules) -> Asked:

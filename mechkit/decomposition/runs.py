@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..backends.elsewhere import where_the_model_is
 from ..backends.lens import LensBackend, local_backend
 from ..backends.memory import TOKENS_AT_ONCE, fitting, in_batches
 from ..backends.protocol import Read
 from ..errors import UnsupportedError
 from ..patching.cells import Cell, Place, covered
 from ..patching.checkpoint import Checkpoint, digest, fingerprint
+from ..progress import bar as progress_bar
 from ..references import TemplateMeans, corrupt_activations, template_means
 from ..sites import Site
 from .split import Rules, Split
@@ -46,7 +47,7 @@ class Work:
     """What is decomposed.
 
     Attributes:
-        model: local.
+        model: any loaded model.
         task: the prompts and the metric.
         sources: sets of sites that are relevant together.
         where: at which positions each set is.
@@ -74,11 +75,12 @@ class Found:
     done: Tensor
 
 
+@where_the_model_is
 def run(work: Work, checkpoint: str | Path | None, progress: bool) -> Found:
     """Measure every source on every prompt.
 
     Raises:
-        UnsupportedError: a model that runs elsewhere, or does what no rule is for.
+        UnsupportedError: a model that does what no rule is for.
         StorageError, CapacityError: as of a sweep.
     """
     model, task, backend = work.model, work.task, local_backend(work.model, "Decomposition of")
@@ -90,9 +92,7 @@ def run(work: Work, checkpoint: str | Path | None, progress: bool) -> Found:
     references = _References(work)
     masks = {where: covered(task, where) for where in {*work.where, work.at}}
     order = sorted(range(len(work.sources)), key=lambda i: begins(work.sources[i]))
-    with tqdm(
-        total=done.numel(), initial=int(done.sum()), desc="decomposing", unit="part", disable=not progress
-    ) as bar:
+    with progress_bar(done.numel(), "decomposing", "part", int(done.sum()), progress) as bar:
         try:
             for number, prompts in enumerate(_prompts(work, kept.base_tokens)):
                 todo = torch.tensor([i for i in order if not bool(done[i, prompts].all())], dtype=torch.long)

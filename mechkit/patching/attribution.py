@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..backends.elsewhere import where_the_model_is
 from ..backends.gradients import Pair, by_query_head
 from ..backends.lens import LensBackend, local_backend
 from ..backends.memory import TOKENS_AT_ONCE, fitting, in_batches
@@ -37,6 +37,7 @@ from ..backends.window import Change, Key
 from ..edge_scores import EdgeScores
 from ..errors import Interrupted, MetricError
 from ..graph import EMBED
+from ..progress import bar as progress_bar
 from ..results import provenance
 from .cells import Cell, Place, covered
 from .checkpoint import Checkpoint, fingerprint
@@ -84,7 +85,6 @@ def points(method: str, m: int, n_layers: int) -> list[Point]:
     return [Point(part, k / m) for part in parts for k in range(1, m + 1)]
 
 
-@torch.inference_mode(False)
 def attribute(
     model: Model,
     task: Task,
@@ -95,15 +95,32 @@ def attribute(
 ) -> EdgeScores:
     """Scores of every edge; see ``edges``, whose errors it raises."""
     started = time.perf_counter()
+    shape = model.graph(how.ungroup).exists.shape
+    sums = _Sums(len(task), shape, _summed(model, task, method, how, shape, checkpoint, progress))
+    return _finished(model, task, method, how, sums, started, bool(checkpoint))
+
+
+@where_the_model_is
+@torch.inference_mode(False)
+def _summed(
+    model: Model,
+    task: Task,
+    method: str,
+    how: Attribution,
+    shape: tuple[int, ...],
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """The numbers of ``_Sums`` over the prompts that were done: all, unless the user stopped it."""
     backend = local_backend(model, "Gradients of")
     work = _Work(backend, task, how, points(method, how.steps, model.n_layers))
-    sums = _Sums(len(task), model.graph(how.ungroup).exists.shape)
+    sums = _Sums(len(task), shape)
     identity = fingerprint(model, task, [], work.base, work.source, task.metric) | {"method": f"{method} {how}"}
     tokens = min(backend.base_tokens(), work.tokens(4 * sums.scores.numel()))
     kept = Checkpoint(checkpoint, identity, {"sums": sums.flat}, tokens)
     rules = relevance(backend) if how.gradients == "relp" else nullcontext()
     runs = len(work.points) * torch.tensor([len(task), int(sums.done.sum())])
-    with rules, tqdm(total=int(runs[0]), initial=int(runs[1]), desc=method, unit="run", disable=not progress) as bar:
+    with rules, progress_bar(int(runs[0]), method, "run", int(runs[1]), progress) as bar:
         try:
             for number, group in enumerate(_groups(task, kept.base_tokens)):
                 prompts = group.pairs[:, 1]
@@ -121,7 +138,7 @@ def attribute(
             pass  # what is done is returned
         finally:
             kept.save()
-    return _finished(model, task, method, how, sums, started, bool(checkpoint))
+    return sums.flat
 
 
 class _Sums:
@@ -133,9 +150,9 @@ class _Sums:
         ends: the metric on the base and on the source run ``[2, n]``; 0 where it is not known yet.
     """
 
-    def __init__(self, n: int, shape: tuple[int, ...]):
+    def __init__(self, n: int, shape: tuple[int, ...], flat: Tensor | None = None):
         self._sizes, self._shape = [n, 2 * n, math.prod(shape), math.prod(shape)], shape
-        self.flat = torch.zeros(sum(self._sizes), dtype=torch.float64)
+        self.flat = torch.zeros(sum(self._sizes), dtype=torch.float64) if flat is None else flat
         done, ends, scores, squares = self.flat.split(self._sizes)
         self._done, self.ends = done, ends.view(2, n)
         self.scores, self.squares = scores.view(shape), squares.view(shape)

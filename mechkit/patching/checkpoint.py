@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..errors import StorageError
+from ..progress import stop_if_time_is_up
 from ..results import write_whole
 
 if TYPE_CHECKING:
@@ -95,9 +96,10 @@ class Checkpoint:
             self.save()  # a place that cannot be written is found out before the work
 
     def save_now_and_then(self) -> None:
-        """Write, unless that was just done."""
+        """Write, unless that was just done; and stop, if one who listens wants what there is."""
         if self._path is not None and time.monotonic() - self._written > _SECONDS:
             self.save()
+        stop_if_time_is_up()
 
     def save(self) -> None:
         """Write."""

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..backends.elsewhere import where_the_model_is
 from ..backends.memory import in_batches
 from ..backends.protocol import Paths, Read, Replay, Write
 from ..errors import MetricError
 from ..metrics import Metric
+from ..progress import bar as progress_bar
 from .cells import Cell, Place, covered
 from .checkpoint import Checkpoint, fingerprint
 from .groups import Group, grouped, written_at
@@ -79,6 +80,7 @@ class _Work:
     paths: Paths | None = None
 
 
+@where_the_model_is
 def sweep(
     model: Model,
     task: Task,
@@ -135,7 +137,7 @@ def sweep(
             expected="a metric that tells them apart",
         )
     patched[unchanged] = ends[0].expand_as(done)[unchanged].view(-1, *[1] * len(outcomes))
-    with tqdm(total=done.numel(), initial=int(done.sum()), desc="patching", unit="patch", disable=not progress) as bar:
+    with progress_bar(done.numel(), "patching", "patch", int(done.sum()), progress) as bar:
         try:
             for number, group in enumerate(bases.groups):
                 todo = group.pairs[~done[tuple(group.pairs.T)]]
