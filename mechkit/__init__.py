@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import metrics, planted, tasks, view
+    from . import metrics, planted, remote, tasks, view
     from .circuits.circuit import Circuit
     from .circuits.compare import CircuitDiff, Overlap
     from .circuits.criteria import completeness, minimality
@@ -104,7 +104,7 @@ _HOMES = {
     "WeightEdit": "weights.edit_weights",
     "edit_weights": "weights.edit_weights",
 }
-_MODULES = ("errors", "metrics", "planted", "sites", "tasks", "view")
+_MODULES = ("errors", "metrics", "planted", "remote", "sites", "tasks", "view")
 
 __all__ = [
     "ChannelEffects",
@@ -155,6 +155,7 @@ __all__ = [
     "patch_in",
     "path_patch",
     "planted",
+    "remote",
     "scale",
     "site",
     "steer",

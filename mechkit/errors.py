@@ -84,6 +84,63 @@ class IntegrityError(LoadError):
     """A downloaded file is not the one expected."""
 
 
+class RemoteError(MechkitError, RuntimeError):
+    """Work that was sent elsewhere and did not come back.
+
+    Attributes:
+        server: what the server said, as it said it; empty where it said nothing.
+    """
+
+    server: str = ""
+
+    @classmethod
+    def saying(cls, server: str, given: str, *, expected: str = "", fix: str = "") -> RemoteError:
+        """The error, with the server's own text kept in it."""
+        error = cls(given, expected=expected, fix=fix)
+        error.server = server
+        return error
+
+
+class UnreachableError(RemoteError, ConnectionError):
+    """No service answers there, or it is not ready."""
+
+
+class RefusedError(RemoteError, PermissionError):
+    """The service does not take the key, or there is none."""
+
+
+class NoSuchModelError(RemoteError, LookupError):
+    """The service has no such model, or cannot bring it up."""
+
+
+class VersionError(RemoteError):
+    """Client and server do not fit together."""
+
+
+class ServerError(RemoteError):
+    """The code that was sent raised an exception there, which is none of mechkit's."""
+
+
+class TooLongError(RemoteError, TimeoutError):
+    """The service ended the work, or nothing was heard of it, for too long a time."""
+
+
+class ConnectionCutError(RemoteError, ConnectionError):
+    """The connection ended while work was under way."""
+
+
+class WorkerLostError(RemoteError):
+    """The process that held the model ended, or was taken away."""
+
+
+class ParcelError(RemoteError, TypeError):
+    """An argument that cannot be sent, or that the server could not read."""
+
+
+class NoSuchJobError(RemoteError, LookupError):
+    """No job of that id is known."""
+
+
 class StorageError(MechkitError, OSError):
     """A file or folder that could not be written or read."""
 

@@ -253,7 +253,8 @@ def _weights_hash(model: Model) -> str:
 
     digest = hashlib.sha256()
     with torch.inference_mode():
-        for name, parameter in sorted(model.hf.named_parameters()):
+        parameters: dict[str, Tensor] = model._underneath("parameters")
+        for name, parameter in sorted(parameters.items()):
             sums = [0.0, 0.0]
             for part in parameter.flatten().split(_HASHED_AT_ONCE):
                 exact = part.double()

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-def load(source: Any, *, dtype: str = "float32", device: str | None = None, revision: str | None = None) -> Model:
+def load(
+    source: Any,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    remote: bool | str = False,
+) -> Model:
     """A model, ready to run, with a TransformerLens bridge around it.
 
     Args:
@@ -26,6 +33,9 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None, revi
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; an object you made keeps its own.
         device: as torch writes it; left out: CUDA where there is one, else the CPU.
         revision: of a Hub id.
+        remote: run it elsewhere, and load no weights: ``True`` for NDIF, ``"http://host:port"`` for an NDIF of your
+            own, ``"local"`` to run here what would be sent there. The key is taken from ``NDIF_API_KEY``, or from
+            nnsight's configuration. The server decides on precision and device.
 
     Raises:
         LoadError: nothing loadable there; the message says what was looked for.
@@ -36,6 +46,10 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None, revi
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise OptionError(f"dtype {dtype!r}", expected='"float32", "bfloat16" or "float16"')
+    if remote:
+        from .remote.load import load_remote
+
+        return load_remote(source, remote, dtype, revision)
     options = {"dtype": getattr(torch, dtype)}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

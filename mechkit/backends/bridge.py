@@ -38,7 +38,7 @@ def bridged(model: Any, tokenizer: Any, name: str) -> LensBackend:
         from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
         model.eval().set_attn_implementation("eager")  # the only one that hands out patterns
-        own = _last_logits(model)
+        own, parameters = _last_logits(model), dict(model.named_parameters())
         try:
             config = copy.deepcopy(model.config)
             # A model made from a config, and not loaded, has not been told its own class.
@@ -57,7 +57,7 @@ def bridged(model: Any, tokenizer: Any, name: str) -> LensBackend:
             bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = flags
     _keep_half_precision(bridge)
     _check_bridge(model, own, name)
-    return LensBackend(bridge, name)
+    return LensBackend(bridge, name, parameters=parameters)
 
 
 def _last_logits(model: Any) -> Any:

@@ -50,7 +50,7 @@ def where_the_model_is(function: Callable[Given, Result]) -> Callable[Given, Res
 
 def kept_where_the_model_is(kind: Kind) -> Kind:
     """A class whose instances live where their model is; its first argument is the model."""
-    make = kind.__new__
+    make: Any = kind.__new__
 
     def new(cls: type, *args: Any, **options: Any) -> Any:
         # Of another type than ``cls``, it is not initialised: nothing is measured here.

@@ -60,11 +60,19 @@ class LensBackend:
         bridge: the bridge, its model in evaluation mode; or a ``PlainBridge``.
         name: what to call the model in tables and messages.
         hooks: how functions are hung on its sites.
+        parameters: of the Hub's model by their names there; a bridge adds others, cut out of these.
     """
 
-    def __init__(self, bridge: Any, name: str, hooks: type[Hooks] = Hooks):
+    def __init__(
+        self,
+        bridge: Any,
+        name: str,
+        hooks: type[Hooks] = Hooks,
+        parameters: Mapping[str, Tensor] | None = None,
+    ):
         self.bridge = bridge
         self.hf = bridge.original_model
+        self.parameters = dict(self.hf.named_parameters()) if parameters is None else dict(parameters)
         cfg = bridge.cfg
         parameter = next(self.hf.parameters())
         self.info = ModelInfo(

@@ -45,10 +45,15 @@ def plain_backend(hf: Any, parts: Anatomy, name: str) -> LensBackend:
 def eager(hf: Any) -> Iterator[None]:
     """While active, a model computes attention step by step, so that patterns can be seen."""
     before = hf.config._attn_implementation
+    fixed = [module for module in hf.modules() if getattr(module, "_use_sdpa", False)]  # Falcon's, when it is made
     hf.set_attn_implementation("eager")
+    for module in fixed:
+        module._use_sdpa = False
     try:
         yield
     finally:
+        for module in fixed:
+            module._use_sdpa = True
         hf.set_attn_implementation(before)
 
 

@@ -1,0 +1,150 @@
+"""Where the model is: a request is opened, its function called with the model there, and the answer packed.
+
+1. The model as nnsight holds it is one of the Hub; with the names that were sent, the engine runs on it as it is. What
+   it was tried out for is remembered as long as the process lives.
+2. Attention is computed step by step while a request runs, so that patterns can be seen; afterwards as before.
+3. How far the work is, is printed; the service passes printed lines on to the one who waits.
+4. Work that keeps what is done is stopped after some seconds; what it kept is sent back, and sent here again.
+5. An error of mechkit is sent back as it is; of another, its traceback.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..backends.anatomy import Anatomy
+from ..backends.plain import eager, plain_backend
+from ..errors import MechkitError, MechkitWarning, UnsupportedError
+from ..model import Model
+from ..progress import Listener, listened_to
+from .parcel import packed, unpacked
+
+PROGRESS = "mechkit:progress"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be done.
+
+    Attributes:
+        function: its address.
+        given: arguments and options, packed.
+        name: what the model is called.
+        source: where its weights came from, for provenance.
+        parts: where its parts are.
+        checkpoint: what was kept so far; None: this work keeps nothing.
+        seconds: after which to stop, for work that keeps what is done.
+        here: the one who asks is on this machine, and sees the work's own bar.
+        errand: is given back with the answer, as it is.
+    """
+
+    function: str
+    given: bytes
+    name: str
+    source: Mapping[str, Any]
+    parts: Anatomy
+    checkpoint: bytes | None = None
+    seconds: float | None = None
+    here: bool = False
+    errand: bytes = b""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of it.
+
+    Attributes:
+        result: what the function gave, packed; None where it raised.
+        error: mechkit's own.
+        fault: class and text of another error, and its traceback.
+        checkpoint: what was kept.
+        stopped: it was not finished; see ``Request.seconds``.
+        warned: mechkit's warnings.
+        about: device and dtype of the model there.
+        errand: of the request.
+    """
+
+    result: bytes | None = None
+    error: MechkitError | None = None
+    fault: tuple[str, str, str] | None = None
+    checkpoint: bytes | None = None
+    stopped: bool = False
+    warned: tuple[str, ...] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
+    errand: bytes = b""
+
+
+def answered(there: Any, body: bytes) -> bytes:
+    """Answer a request; see the module."""
+    errand = b""
+    try:
+        request: Request = unpacked(body, None)
+        errand = request.errand
+        hf = there._module
+        if next(hf.parameters()).is_meta:
+            raise UnsupportedError(
+                "This server runs code apart from the model's weights (an untrusted key)",
+                expected="an NDIF that trusts the key",
+                fix="Ask its operators for a trusted key, or run an NDIF of your own: docs/own-ndif.md",
+            )
+        # Whatever precision the service lets code compute in, the engine chooses its own.
+        with torch.autocast(hf.device.type, enabled=False), eager(hf), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", MechkitWarning)
+            answer = _done(request, _model(hf, there, request))
+        texts = tuple(str(one.message) for one in warned if issubclass(one.category, MechkitWarning))
+        return packed(replace(answer, warned=texts, errand=errand))
+    except MechkitError as error:
+        return packed(Answer(error=error, errand=errand))
+    except Exception as error:
+        return packed(Answer(fault=(type(error).__name__, str(error), traceback.format_exc()), errand=errand))
+
+
+def _done(request: Request, model: Model) -> Answer:
+    args, options = unpacked(request.given, model)
+    module, _, name = request.function.partition(":")
+    function: Callable[..., Any] = attrgetter(name)(import_module(module))
+    about = {"device": model.info.device, "dtype": model.info.dtype}
+    listener = Listener(_report)
+    folder: Any = nullcontext()
+    if request.checkpoint is not None:
+        folder = tempfile.TemporaryDirectory(prefix="mechkit-")
+        listener.until = None if request.seconds is None else time.monotonic() + request.seconds
+    listening: Any = nullcontext() if request.here else listened_to(listener)
+    with folder as place, listening:
+        kept = None if place is None else Path(place) / "checkpoint.npz"
+        if kept is not None:
+            if request.checkpoint:
+                kept.write_bytes(request.checkpoint)
+            options = {**options, "checkpoint": kept}
+        result = function(*args, **options)
+        state = kept.read_bytes() if kept is not None and kept.exists() else None
+    return Answer(packed(result), checkpoint=state, stopped=listener.stopped, about=about)
+
+
+def _report(what: str, done: int, total: int) -> None:
+    print(f"{PROGRESS} {done} {total} {what}", flush=True)
+
+
+_models: WeakKeyDictionary[Any, dict[Any, Model]] = WeakKeyDictionary()
+
+
+def _model(hf: Any, there: Any, request: Request) -> Model:
+    known = _models.setdefault(hf, {})
+    key = (request.name, str(request.source))
+    if key not in known:
+        backend = plain_backend(hf, request.parts, request.name)
+        known[key] = Model(backend, getattr(there, "tokenizer", None), request.source)
+    return known[key]
