@@ -191,7 +191,7 @@ def test_a_base_run_that_does_not_fit_says_so(monkeypatch):
 
     patch()  # the readout is checked already
     monkeypatch.setattr("mechkit.backends.lens.LensBackend.body", body)
-    monkeypatch.setattr("mechkit.patching.sweep._read", lambda model, ids, at, columns: torch.randn(len(ids), 2))
+    monkeypatch.setattr("mechkit.patching.variants.read", lambda model, ids, at, columns: torch.randn(len(ids), 2))
     with pytest.raises(CapacityError, match=r"base run of \d+ prompts of 9 tokens"):
         patch()
 

@@ -22,6 +22,7 @@ from ..sites import SitesLike
 from ..tasks.task import Task
 from .cells import Cell, PositionsLike, read_patchable, read_places
 from .effects import effects, finished
+from .spread import Engine, check_engine
 from .sweep import sweep
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def patch(
     direction: Literal["denoise", "noise"] = "denoise",
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    workers: int | None = None,
 ) -> Scores:
     """Patch each site by itself, on every prompt of the task.
 
@@ -51,6 +54,9 @@ def patch(
         checkpoint: a file that keeps what is done. The same call with the same file goes on from there, and gives
             the same table as if it had never stopped.
         progress: show a bar.
+        engine: ``"ray"`` spreads the work over the workers of a Ray cluster, one model each: the one that was
+            initialised with ``ray.init``, or else one of this machine's own. The table is the same.
+        workers: how many; None: one a GPU of the cluster, for a model on a GPU, else one for every two CPUs.
 
     Returns:
         Scores in fractions of the metric gap, one row a site (and position).
@@ -59,9 +65,11 @@ def patch(
         SiteError, TaskError, PromptError, OptionError, UnsupportedError: see each kind.
         MetricError: the metric is the same on clean and corrupt prompts, so that no fraction is defined.
         StorageError: a checkpoint of another sweep, or one that cannot be read or written.
+        VersionError, WorkerLostError: workers that have another model, or that are lost again and again.
         Interrupted: it was stopped; ``error.scores`` has the sites measured so far, ``n`` saying on how many prompts.
     """
     started = time.perf_counter()
+    check_engine(model, engine, workers)
     if direction not in ("denoise", "noise"):
         raise OptionError(f"direction = {direction!r}", expected='"denoise" or "noise"')
     task = task if isinstance(task, Task) else Task.join(task)
@@ -78,6 +86,8 @@ def patch(
         metric=task.metric,
         checkpoint=checkpoint,
         progress=progress,
+        engine=engine,
+        workers=workers,
     )
     options: dict[str, Any] = {
         "sites": sites if isinstance(sites, str) else " ".join(dict.fromkeys(str(cell.site) for cell in cells)),

@@ -30,6 +30,7 @@ from ..sites import sites as read_sites
 from ..tasks.task import Task
 from .cells import Cell, PositionsLike, read_patchable, read_places
 from .effects import effects, finished
+from .spread import Engine, check_engine
 from .sweep import sweep
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def path_patch(
     each: bool = False,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    workers: int | None = None,
 ) -> Scores:
     """Patch the paths from each sender to the receivers.
 
@@ -67,6 +70,9 @@ def path_patch(
         each: every receiver by itself, a row a sender and receiver; otherwise all of them are patched together.
         checkpoint: a file that keeps what is done; the same call with the same file goes on from there.
         progress: show a bar.
+        engine: ``"ray"`` spreads the work over the workers of a Ray cluster, one model each: the one that was
+            initialised with ``ray.init``, or else one of this machine's own. The table is the same.
+        workers: how many; None: one a GPU of the cluster, for a model on a GPU, else one for every two CPUs.
 
     Returns:
         Scores in fractions of the metric gap, one row a sender (and position, and receiver): columns ``sender``,
@@ -80,6 +86,7 @@ def path_patch(
         TaskError, PromptError, UnsupportedError, StorageError, Interrupted: as of ``mk.patch``.
     """
     started = time.perf_counter()
+    check_engine(model, engine, workers)
     if direction not in ("denoise", "noise"):
         raise OptionError(f"direction = {direction!r}", expected='"denoise" or "noise"')
     task = task if isinstance(task, Task) else Task.join(task)
@@ -99,6 +106,8 @@ def path_patch(
         paths=Paths(targets, through_mlps, each),
         checkpoint=checkpoint,
         progress=progress,
+        engine=engine,
+        workers=workers,
     )
     columns = [(one,) for one in targets] if each else [targets]
     tables = []
