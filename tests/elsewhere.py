@@ -121,6 +121,16 @@ def circuits(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
     assert ours.faithfulness == pytest.approx(theirs.faithfulness, abs=1e-3)
 
 
+def weights(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
+    heads = [str(one) for one in own.heads()]
+    for matrix, more in (("ov", {}), ("qk", {}), ("qk", {"offset": 2})):
+        for some in (heads[3], heads[2:5]):
+            ours, theirs = (mk.svd(one, some, matrix, **more) for one in (far, own))
+            assert ours.frame.score.to_numpy() == pytest.approx(theirs.frame.score.to_numpy(), rel=1e-3, abs=TOLERANCE)
+    ours, theirs = (mk.composition(one, heads[:2], heads[-2:], kind="q") for one in (far, own))
+    assert ours.frame.score.to_numpy() == pytest.approx(theirs.frame.score.to_numpy(), abs=TOLERANCE)
+
+
 CHECKS: tuple[Callable[[mk.Model, mk.Model, mk.Task], None], ...] = (
     run,
     generate,
@@ -131,5 +141,6 @@ CHECKS: tuple[Callable[[mk.Model, mk.Model, mk.Task], None], ...] = (
     decompose,
     token_scores,
     circuits,
+    weights,
 )
 TASK = functools.partial(tiny_task, n=3)

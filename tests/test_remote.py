@@ -55,13 +55,13 @@ def test_a_metric_of_ones_own(models):
 def test_a_metric_that_cannot_be_sent(models):
     lock = threading.Lock()
     task = elsewhere.TASK().with_metric(lambda logits, task: (logits[:, 0], lock)[0])
-    with pytest.raises(ParcelError, match="cannot pickle '_thread.lock' object"):
+    with pytest.raises(ParcelError, match=r"cannot pickle '_thread.lock' object"):
         mk.patch(models("llama")[0], task, "mlps", progress=False)
 
 
 def test_errors_of_mechkit_come_back_as_they_are(models):
     far, _ = models("llama")
-    with pytest.raises(SiteError, match='"9.9" is in layer 9'):
+    with pytest.raises(SiteError, match=r'"9\.9" is in layer 9'):
         mk.patch(far, elsewhere.TASK(), "9.9")
     with pytest.raises(mk.errors.MetricError, match="alike"):
         mk.patch(far, elsewhere.TASK().with_metric(lambda logits, task: 0 * logits[:, 0]), "mlps", progress=False)
@@ -71,7 +71,7 @@ def test_errors_of_others_keep_their_text(models):
     def broken(logits: torch.Tensor, task: mk.Task) -> torch.Tensor:
         raise ZeroDivisionError("my own mistake")
 
-    with pytest.raises(mk.errors.ServerError, match="ZeroDivisionError: my own mistake") as caught:
+    with pytest.raises(mk.errors.ServerError, match=r"ZeroDivisionError: my own mistake") as caught:
         mk.patch(models("llama")[0], elsewhere.TASK().with_metric(broken), "mlps", progress=False)
     assert "in broken" in caught.value.server
 
@@ -117,9 +117,9 @@ def test_nobody_answers(models, monkeypatch):
     monkeypatch.setattr("mechkit.remote.line._WAITS", (0.01,))
     place = models("llama")[1].source["path"]
     far = mk.load(place, remote="http://127.0.0.1:9")
-    with pytest.raises(UnreachableError, match="127.0.0.1:9 does not answer"):
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9 does not answer"):
         far.run(elsewhere.TASK().clean)
-    with pytest.raises(UnreachableError, match="127.0.0.1:9 does not answer"):
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9 does not answer"):
         mk.remote.status(far)
 
 

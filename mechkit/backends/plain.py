@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
+from ..library import quiet_library
 from .anatomy import PARTS, Anatomy, Place
 from .hooks import Hooks
 from .lens import LensBackend
@@ -45,16 +46,18 @@ def plain_backend(hf: Any, parts: Anatomy, name: str) -> LensBackend:
 def eager(hf: Any) -> Iterator[None]:
     """While active, a model computes attention step by step, so that patterns can be seen."""
     before = hf.config._attn_implementation
-    fixed = [module for module in hf.modules() if getattr(module, "_use_sdpa", False)]  # Falcon's, when it is made
-    hf.set_attn_implementation("eager")
-    for module in fixed:
-        module._use_sdpa = False
     try:
+        _set(hf, "eager")
         yield
     finally:
-        for module in fixed:
-            module._use_sdpa = True
-        hf.set_attn_implementation(before)
+        _set(hf, before)
+
+
+def _set(hf: Any, attention: str) -> None:
+    with quiet_library():
+        hf.set_attn_implementation(attention)
+    if hf.config._attn_implementation != attention:  # Falcon refuses, and then looks there all the same
+        hf.config._attn_implementation = attention
 
 
 class PlainBridge:

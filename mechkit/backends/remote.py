@@ -75,7 +75,7 @@ class RemoteBackend:
             MechkitError: what the function raised.
         """
         from ..remote.faults import told
-        from ..remote.parcel import address, packed, unpacked
+        from ..remote.parcel import address, sendable, unpacked
 
         known = inspect.signature(function).parameters
         bound = inspect.signature(function).bind(*args, **options)
@@ -83,7 +83,7 @@ class RemoteBackend:
         place = bound.arguments.pop("checkpoint", None)
         show = bool(bound.arguments.get("progress", known["progress"].default if "progress" in known else True))
         with told(self.line.host, self.line.name):
-            given = packed((bound.args, bound.kwargs))
+            given = sendable((bound.args, bound.kwargs))
         state = _begun(place) if keeps else None
         part: Answer | None = None
         try:

@@ -18,7 +18,7 @@ from ..backends.elsewhere import elsewhere
 from ..backends.remote import RemoteBackend, errand
 from ..errors import NoSuchJobError, OptionError, TooLongError
 from .faults import fault
-from .parcel import packed, unpacked
+from .parcel import packed, sendable, unpacked
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -140,7 +140,7 @@ def submit(function: Callable[..., Any], model: Model, *args: Any, **options: An
     _line(model)
     if options.get("checkpoint") is not None:
         raise OptionError("A checkpoint for work that nobody waits for", expected="none", fix="Call it without submit")
-    sending = _Sending(packed((function, (model, *args), options)))
+    sending = _Sending(sendable((function, (model, *args), options)))
     token = errand.set(sending)
     try:
         function(model, *args, **options)

@@ -1,22 +1,34 @@
 """What is sent: a function's name, its arguments, and what comes back, as bytes.
 
 1. A model is not sent. Where it stands among the arguments, the one there takes its place, and the other way round.
-2. Functions and classes of mechkit go by name; what the user defined, such as a metric, goes whole (cloudpickle).
+2. Functions and classes of mechkit go by name. What the user defined, such as a metric, goes as its source, since
+   compiled code is read by one version of Python alone; nnsight does that.
 3. Tensors come back on the CPU, wherever they were made.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
-import cloudpickle
 from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
+from nnsight.intervention.serialization import CustomCloudPickler, CustomCloudUnpickler
 from torch import Tensor
 
 _MODEL = "mechkit.model"
+
+
+def sendable(thing: Any) -> bytes:
+    """As ``packed``, with what is only on this machine, such as modules that are not installed, sent whole.
+
+    Raises:
+        TypeError, pickle.PicklingError, AttributeError: as of ``packed``.
+    """
+    from nnsight.ndif import pull_env
+
+    pull_env()
+    return packed(thing)
 
 
 def packed(thing: Any) -> bytes:
@@ -38,14 +50,14 @@ def packed(thing: Any) -> bytes:
 
 def unpacked(content: bytes, model: Any) -> Any:
     """What bytes stand for, with this model in the place of those that were left out."""
-    return _Unpacker(io.BytesIO(content), model).load()
+    return CustomCloudUnpickler(io.BytesIO(content), {_MODEL: model}).load()
 
 
-class _Packer(cloudpickle.CloudPickler):
-    def persistent_id(self, obj: Any) -> str | None:
+class _Packer(CustomCloudPickler):
+    def persistent_id(self, obj: Any) -> Any:
         from ..model import Model
 
-        return _MODEL if isinstance(obj, Model) else None
+        return _MODEL if isinstance(obj, Model) else super().persistent_id(obj)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
@@ -58,17 +70,6 @@ class _Packer(cloudpickle.CloudPickler):
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, model: Any):
-        super().__init__(file)
-        self._model = model
-
-    def persistent_load(self, pid: Any) -> Any:
-        if pid != _MODEL:
-            raise pickle.UnpicklingError(f"an unknown thing {pid!r}")
-        return self._model
 
 
 def address(function: Callable[..., Any]) -> str:

@@ -49,6 +49,6 @@ def turns_of(weights: HeadWeights, heads: HeadSet, offset: int | Sequence[int]) 
             raise OptionError(f"offset = {offset!r} of weights from a file", expected="a model, which rotates")
         return None
     if offsets not in weights.turns:
-        weights.turns[offsets] = rotations(weights.model, offsets).to(weights.W_Q)
+        weights.turns[offsets] = rotations(weights.model, offsets).to(weights.W_Q.dtype)
     found = weights.turns[offsets]
     return found[torch.tensor([one.layer for one in heads]), torch.tensor([one.head for one in heads])]

@@ -17,14 +17,15 @@ Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..backends.elsewhere import elsewhere
 from ..backends.lens import local_backend
 from ..errors import OptionError, SiteError
 from ..results import model_provenance
@@ -89,13 +90,18 @@ class HeadWeights:
         Raises:
             OptionError: ``n_heads`` missing, or one that does not fit.
             LoadError: no such file, or one in which no attention weights are found.
-            UnsupportedError: a model that runs elsewhere, or with a norm that is neither LayerNorm nor RMSNorm.
+            UnsupportedError: a model with a norm that is neither LayerNorm nor RMSNorm.
+            RemoteError: of a kind, of a model that runs elsewhere; its matrices are fetched when they are asked for.
         """
         from ..model import Model
 
         if isinstance(source, HeadWeights):
             return source
         if isinstance(source, Model):
+            if elsewhere(source) is not None:
+                from .far_weights import far_weights
+
+                return far_weights(source, fold_norm, centre)
             return cls.of(source, fold_norm=fold_norm, centre=centre)
         if isinstance(source, str | Path):
             from .files import from_file
@@ -104,12 +110,18 @@ class HeadWeights:
         raise OptionError(f"{type(source).__name__} as weights", expected="a model, or a .safetensors file")
 
     @classmethod
-    @torch.no_grad()
     def of(cls, model: Model, *, fold_norm: bool = True, centre: bool | None = None) -> HeadWeights:
-        """The weights of a model; see ``load``."""
+        """The weights of a local model; see ``load``."""
+        found = cls.of_layers(model, range(model.n_layers), fold_norm, centre)
+        how = made_how({"folded": found.folded, "centred": found.centred})
+        return replace(found, model=model, meta={**model_provenance(model), **how})
+
+    @classmethod
+    @torch.no_grad()
+    def of_layers(cls, model: Model, layers: Sequence[int], fold_norm: bool, centre: bool | None) -> HeadWeights:
+        """The weights of some layers of a local model, which then count from 0; see ``load``."""
         backend = local_backend(model, "Weights of")
-        branches, info = backend.branches, backend.info
-        layers = range(info.n_layers)
+        branches = backend.branches
         stacked = {kind: torch.stack([branches.weight(kind, layer) for layer in layers]).float() for kind in "qkvo"}
         biases = {}
         for kind in "qkv":
@@ -117,7 +129,7 @@ class HeadWeights:
             if all(one is not None for one in found):
                 biases[kind] = torch.stack([one for one in found if one is not None]).float()
         blocks: Any = backend.bridge.blocks
-        reads = writes = [Affine(False)] * info.n_layers
+        reads = writes = [Affine(False)] * len(layers)
         unseen = False
         if fold_norm or centre is None:
             reads, writes, later = (
@@ -125,9 +137,9 @@ class HeadWeights:
             )
             others = [one for one in (*writes, *later, affine(backend.bridge.ln_final, model)) if one.there]
             unseen = all(one.there for one in reads) and all(one.centres for one in (*reads, *others))
+            reads, writes = ([some[layer] for layer in layers] for some in (reads, writes))
         times = float(getattr(backend.hf.config, "residual_multiplier", 1.0))
-        made = made_of(model.name, stacked, biases, reads, writes, times, unseen, fold_norm, centre)
-        return cls(**made, model=model, meta={**model_provenance(model), **made_how(made)})
+        return cls(**made_of(model.name, stacked, biases, reads, writes, times, unseen, fold_norm, centre))
 
     # -- dimensions -------------------------------------------------------------------------------------------
 

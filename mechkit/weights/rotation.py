@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..backends.elsewhere import where_the_model_is
 from ..backends.lens import LensBackend, local_backend
 from ..errors import OptionError
 
@@ -45,16 +46,16 @@ def read_offsets(offset: int | Sequence[int]) -> tuple[int, ...]:
         raise OptionError(f"offset = {offset!r}", expected="a whole number, or several") from None
 
 
+@where_the_model_is
 def rotations(model: Model, offsets: Sequence[int]) -> Tensor:
     """T of every head, the mean over some distances ``[layers, heads, d_head, d_head]``, rows as in ``q T k^T``.
 
     Args:
-        model: a local model.
+        model: any loaded model.
         offsets: how many positions the key stands before the query; 0: at the same position.
 
     Raises:
         OptionError: a distance below 0, beyond the model's context, or beyond what a sliding window sees.
-        UnsupportedError: a model that runs elsewhere.
     """
     backend = local_backend(model, "Weights of")
     if not offsets or min(offsets) < 0 or max(offsets) >= model.info.n_ctx:

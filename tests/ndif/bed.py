@@ -116,11 +116,11 @@ def running(folder: Path) -> Iterator[Mapping[str, str]]:
                 one = subprocess.Popen(
                     command, env=told, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
                 )
+            started.append(one)
             if name == "controller":  # launches an actor that stays, and ends
                 if one.wait(PATIENCE):
                     raise RuntimeError(f"{name} failed:\n{log.read_text()[-3000:]}")
                 continue
-            started.append(one)
             _wait(name, one, ready, log)
         yield told
     finally:

@@ -10,7 +10,7 @@ from ndif.services.ray.deployments.modeling.base import BaseModelDeployment
 from nnsight.modeling.huggingface import HuggingFaceModel
 
 
-@ray.remote(num_cpus=1, max_restarts=-1)
+@ray.remote(num_cpus=0.1, max_restarts=-1)  # several models are up at once, one works
 class CPUModelActor(BaseModelDeployment):
     """NDIF's model actor, less what needs CUDA."""
 
