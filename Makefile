@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/ioi
 
-.PHONY: demo test browser ndif lint check lab bench constraints clean
+.PHONY: demo test browser ndif ndif-ready lint check lab bench constraints clean
 
 # A stamp a dependency set, so that a second run installs nothing.
 $(VENV)/.pip:
@@ -47,6 +47,11 @@ $(VENV)/.ndif: tests/ndif/requirements.txt $(VENV)/.dev
 	$(PYTHON312) -m venv $(VENV)/ndif
 	$(VENV)/ndif/bin/python -m pip --disable-pip-version-check install -q -r tests/ndif/requirements.txt
 	@touch $@
+
+ndif-ready:  ## says what the tests against a running NDIF lack here
+	@"$(PYTHON312)" -c "import venv, ensurepip" 2>/dev/null || { echo "There is no Python 3.12 for NDIF's server."; exit 1; }
+	@for one in redis-server unshare ip; do command -v $$one >/dev/null || { echo "There is no $$one."; exit 1; }; done
+	@python3 tests/ndif/apart.py true || { echo "A network namespace cannot be made here."; exit 1; }
 
 ndif: $(VENV)/.ndif  ## tests against a whole NDIF on loopback (Linux; needs redis-server, unshare, ip, Python 3.12)
 	$(BIN)/python tests/ndif/apart.py $(VENV)/ndif/bin/python tests/ndif/bed.py --folder runs/ndif -- \

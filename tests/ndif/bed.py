@@ -18,10 +18,12 @@ import argparse
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,8 +67,8 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def parts(folder: Path) -> Iterator[tuple[str, list[str], Callable[[], bool]]]:
-    """Name, command and test of each part, in order."""
+def parts(folder: Path, short: Path) -> Iterator[tuple[str, list[str], Callable[[], bool]]]:
+    """Name, command and test of each part, in order; sockets have short names, so Ray has a ``short`` folder."""
     python, loopback = sys.executable, "127.0.0.1"
     port = {name: str(number) for name, number in PORTS.items()}
     redis = ["redis-server", "--bind", loopback, "--port", port["redis"], "--save", "", "--dir", str(folder)]
@@ -74,7 +76,7 @@ def parts(folder: Path) -> Iterator[tuple[str, list[str], Callable[[], bool]]]:
     yield "store", ["moto_server", "-H", loopback, "-p", port["store"]], lambda: answers(PORTS["store"])
     head = ["ray", "start", "--head", "--block", f"--node-ip-address={loopback}", f"--port={port['ray']}"]
     head += [f"--ray-client-server-port={port['client']}", f"--dashboard-port={port['dashboard']}"]
-    head += ["--dashboard-host=127.0.0.1", "--num-gpus=1", "--num-cpus=4", f"--temp-dir={folder / 'ray'}"]
+    head += ["--dashboard-host=127.0.0.1", "--num-gpus=1", "--num-cpus=4", f"--temp-dir={short}"]
     resources = {"head": 10, "cuda_memory_bytes": 4_000_000_000, "cpu_memory_bytes": 8_000_000_000}
     yield "ray", [*head, f"--resources={json.dumps(resources)}"], lambda: answers(PORTS["client"])
     controller = "ndif.services.ray.deployments.controller.controller"
@@ -109,8 +111,9 @@ def running(folder: Path) -> Iterator[Mapping[str, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     told = environment(folder)
     started: list[subprocess.Popen] = []
+    short = Path(tempfile.mkdtemp(prefix="ray-"))
     try:
-        for name, command, ready in parts(folder):
+        for name, command, ready in parts(folder, short):
             log = folder / f"{name}.log"
             with log.open("w") as out:
                 one = subprocess.Popen(
@@ -126,6 +129,7 @@ def running(folder: Path) -> Iterator[Mapping[str, str]]:
     finally:
         for one in reversed(started):
             _end(one)
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def _wait(name: str, process: subprocess.Popen, ready: Callable[[], bool], log: Path) -> None:
