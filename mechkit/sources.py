@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ def load(
     *,
     dtype: str = "float32",
     device: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     remote: bool | str = False,
 ) -> Model:
@@ -32,6 +35,8 @@ def load(
             only token ids are used. An ``hf_model`` is taken as it is, and gets TransformerLens' hook points.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; an object you made keeps its own.
         device: as torch writes it; left out: CUDA where there is one, else the CPU.
+        device_map: in place of ``device``, to spread a model over several: ``"auto"``, or a device for each module, as
+            the Hub's ``from_pretrained`` takes it. An object you made stays where it is.
         revision: of a Hub id.
         remote: run it elsewhere, and load no weights: ``True`` for NDIF, ``"http://host:port"`` for an NDIF of your
             own, ``"local"`` to run here what would be sent there. The key is taken from ``NDIF_API_KEY``, or from
@@ -40,7 +45,8 @@ def load(
     Raises:
         LoadError: nothing loadable there; the message says what was looked for.
         DownloadError, IntegrityError, StorageError: the packaged model could not be fetched or kept.
-        UnsupportedError: an architecture TransformerLens does not know, or a model without attention.
+        UnsupportedError: an architecture TransformerLens does not know, or a model without attention; a ``device_map``
+            that leaves parameters on a disk, or that TransformerLens cannot run.
     """
     import torch
 
@@ -50,7 +56,9 @@ def load(
         from .remote.load import load_remote
 
         return load_remote(source, remote, dtype, revision)
-    options = {"dtype": getattr(torch, dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if device_map is not None:
+        options["device_map"] = _checked(device_map, device, source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.device(device)
@@ -92,7 +100,20 @@ def load(
     else:
         loaded, found = _from_hub(text, revision, options), {"kind": "hub", "revision": revision or "main"}
     model, tokenizer = loaded
-    return _model(model.to(device), tokenizer, text, found)
+    return _model(model if device_map is not None else model.to(device), tokenizer, text, found)
+
+
+def _checked(device_map: Any, device: str | None, source: Any) -> Any:
+    if device is not None or isinstance(source, tuple):
+        raise OptionError(
+            "device_map with " + ("an object, which stays where it is" if device is None else f"device={device!r}"),
+            expected="one or the other",
+        )
+    if not isinstance(device_map, str | Mapping):
+        raise OptionError(f"device_map = {device_map!r}", expected='"auto", or a device for each module')
+    if importlib.util.find_spec("accelerate") is None:
+        raise OptionError("device_map, and accelerate is not installed", fix="pip install accelerate")
+    return device_map if isinstance(device_map, str) else dict(device_map)
 
 
 def _model(hub_model: Any, tokenizer: Any, name: str, found: dict[str, Any]) -> Model:

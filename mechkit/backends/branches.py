@@ -60,15 +60,18 @@ class Branches:
 
     def norm(self, layer: int, stream: Tensor) -> Tensor:
         """What the projections of a layer are given for a stream ``[..., d_model]``."""
-        return self._blocks[layer].ln1(stream) if hasattr(self._blocks[layer], "ln1") else stream
+        if not hasattr(self._blocks[layer], "ln1"):
+            return stream
+        return self._blocks[layer].ln1(self._backend.placed.there(layer, stream)).to(stream.device)
 
     def weight(self, kind: str, layer: int) -> Tensor:
         """W_Q, W_K or W_V ``[heads or groups, d_model, d_head]``; of ``"o"``, W_O ``[heads, d_head, d_model]``."""
-        return getattr(self._blocks[layer].attn, f"W_{kind.upper()}")
+        return getattr(self._blocks[layer].attn, f"W_{kind.upper()}").to(self._backend.info.device)
 
     def bias(self, kind: str, layer: int) -> Tensor | None:
         """The bias that goes with ``weight``: ``[heads or groups, d_head]``; of ``"o"``, ``[d_model]``."""
-        return getattr(self._blocks[layer].attn, f"b_{kind.upper()}")
+        bias = getattr(self._blocks[layer].attn, f"b_{kind.upper()}")
+        return None if bias is None else bias.to(self._backend.info.device)
 
     def project(self, kind: str, layer: int, normed: Tensor, heads: list[int] | None = None) -> Tensor:
         """q, k or v of some heads or groups ``[..., heads, d_head]`` of what ``norm`` gives ``[..., d_model]``."""
@@ -90,7 +93,9 @@ class Branches:
     def written(self, layer: int, attention_out: Tensor) -> Tensor:
         """What a block adds to the stream for what its attention module puts out ``[..., d_model]``."""
         block = self._blocks[layer]
-        return (block.ln1_post(attention_out) if hasattr(block, "ln1_post") else attention_out) * self._times
+        if not hasattr(block, "ln1_post"):
+            return attention_out * self._times
+        return block.ln1_post(self._backend.placed.there(layer, attention_out)).to(attention_out.device) * self._times
 
     @property
     def norm_after(self) -> bool:
@@ -102,8 +107,8 @@ class Branches:
     def block(self, layer: int, stream: Tensor, attention_out: Tensor) -> Tensor:
         """The stream that leaves a block, its attention taken as known: ``[rows, pos, d_model]``, any positions."""
         with self._known(layer, stream, attention_out):
-            out = self._blocks[layer](stream, **self._calls[layer])
-        return out[0] if isinstance(out, tuple) else out
+            out = self._blocks[layer](self._backend.placed.there(layer, stream), **self._calls[layer])
+        return (out[0] if isinstance(out, tuple) else out).to(stream.device)
 
     def mlp(self, layer: int, stream: Tensor) -> Tensor:
         """What the MLP of a layer adds to the stream for the stream that it reads: ``[rows, pos, d_model]``."""
@@ -116,7 +121,7 @@ class Branches:
         # Attention that puts out nothing: the MLP reads the stream as it is, before attention or after it.
         none = self._known(layer, stream, torch.zeros_like(stream))
         with self._backend.hooks({("mlp", layer): take}), none, suppress(Enough):
-            self._blocks[layer](stream, **self._calls[layer])
+            self._blocks[layer](self._backend.placed.there(layer, stream), **self._calls[layer])
         return found[0].view(stream.shape)
 
     # -- how ---------------------------------------------------------------------------------------------------
@@ -129,6 +134,7 @@ class Branches:
         rest = self._answers[layer]
         if self._adds_stream:  # Bloom's
             attention_out = stream + attention_out
+        attention_out = self._backend.placed.there(layer, attention_out)
         # In the instance's own dictionary: a bridge passes attributes that are set on it on to the Hub's module.
         own, before = vars(module), vars(module).get("forward")
         own["forward"] = lambda *_, **__: attention_out if rest is None else (attention_out, *rest)
@@ -198,7 +204,7 @@ class Branches:
             def function(_: Any, __: Any, out: Any) -> None:
                 self._answers[layer] = tuple(None for _ in out[1:]) if isinstance(out, tuple) else None
                 if layer == 0:
-                    first.append((out[0] if isinstance(out, tuple) else out).clone())
+                    first.append((out[0] if isinstance(out, tuple) else out).clone().to(self._backend.info.device))
 
             return function
 

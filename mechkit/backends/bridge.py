@@ -16,6 +16,7 @@ from ..errors import UnsupportedError, first_line
 from ..library import quiet_library
 from .hooks import TOLERANCE
 from .lens import LensBackend
+from .placed import check_placed
 
 
 def bridged(model: Any, tokenizer: Any, name: str) -> LensBackend:
@@ -33,6 +34,7 @@ def bridged(model: Any, tokenizer: Any, name: str) -> LensBackend:
         raise UnsupportedError(f"{name} ({type(model).__name__}) is an encoder-decoder", expected="a decoder")
     if not any("attn" in part or "attention" in part for part, _ in model.named_modules()):
         raise UnsupportedError(f"{name} ({type(model).__name__}) has no attention", expected="a transformer")
+    check_placed(model, name)
     with quiet_library():
         from transformer_lens.model_bridge import sources as lens
         from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config

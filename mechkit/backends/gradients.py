@@ -164,9 +164,10 @@ class Pair:
 
             cache = DynamicCache()
             for layer, (keys, values) in enumerate(self._prefix):
-                cache.update(keys[rows], values[rows], layer)
+                each = rows.to(keys.device)
+                cache.update(keys[each], values[each], layer)
             options = {"use_cache": True, "past_key_values": cache}
-        return self.backend.body(tokens, **options).last_hidden_state
+        return self.backend.body(tokens, **options).last_hidden_state.to(tokens.device)
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         positions, columns = self._read.positions.to(rows.device), self._read.columns

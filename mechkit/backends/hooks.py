@@ -107,9 +107,10 @@ class Hooks:
     def _listener(self, key: Key, function: Function, fired: set[Key]) -> Callable[[Tensor], Tensor]:
         def run(tensor: Tensor) -> Tensor:
             fired.add(key)
+            given = tensor.to(self._info.device)  # where all that the engine holds is, whichever block this is in
             apart = key[0] in _HEADED and tensor.ndim == 3  # [batch, pos, heads * d_head]
-            result = function(tensor.unflatten(-1, (-1, self._info.d_head)) if apart else tensor)
-            return tensor if result is None else result.reshape(tensor.shape)
+            result = function(given.unflatten(-1, (-1, self._info.d_head)) if apart else given)
+            return tensor if result is None else result.reshape(tensor.shape).to(tensor.device)
 
         return run
 

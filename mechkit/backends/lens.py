@@ -27,6 +27,7 @@ from .hooks import TOLERANCE, Function, Hooks
 from .keep_edges import LensEdgeRuns, written_keys
 from .keep_only import keep_only
 from .memory import fitting, ran_out, rows_at_once
+from .placed import Placement
 from .protocol import Ablated, Forward, Keep, ModelInfo, Read
 from .readout import Readout
 from .replay import LensReplay
@@ -89,6 +90,7 @@ class LensBackend:
             device=str(parameter.device),
         )
         self.sites = hooks(bridge, self.info)
+        self.placed = Placement(bridge, cfg.n_layers - 1)
         self.readout = Readout(self.hf, self.info)
         self._exact_cache: bool | None = None  # not tried out yet
         self._row_bytes: dict[tuple[int, ...], int] = {}  # by shape of a base run that passed its check
@@ -282,14 +284,14 @@ class LensBackend:
         if read is None:
             return self.hf(input_ids=tokens, use_cache=False).logits
         self.check_readout()
-        hidden = self.body(tokens, use_cache=False).last_hidden_state
+        hidden = self.body(tokens, use_cache=False).last_hidden_state.to(self.info.device)
         rows = torch.arange(len(tokens), device=hidden.device)
         return self.readout(hidden[rows, read.positions.to(hidden.device)], read.columns)
 
     def _add_results(self, store: dict[Key, Tensor], record: Sequence[Site]) -> None:
         """``result`` is made of z, which is what was recorded in its place."""
         for layer in {site.layer for site in record if site.kind == "result"}:
-            weight = self.bridge.blocks[layer].attn.W_O  # [heads, d_head, d_model]
+            weight = self.bridge.blocks[layer].attn.W_O.to(self.info.device)  # [heads, d_head, d_model]
             written = torch.einsum("bphd,hdm->bphm", store["z", layer], weight)
             store["result", layer] = written * getattr(self.hf.config, "residual_multiplier", 1.0)  # Granite's
 

@@ -31,6 +31,7 @@ class Readout:
         """Logits ``[batch, k]`` (or ``[batch, vocab]``) of normalised residuals ``[batch, d_model]``."""
         unembed = self._hf.get_output_embeddings()
         weight, bias = unembed.weight, getattr(unembed, "bias", None)
+        home, hidden = hidden.device, hidden.to(weight.device)
         if columns is None:
             logits = torch.nn.functional.linear(hidden, weight, bias)
         else:
@@ -41,7 +42,7 @@ class Readout:
         logits = logits * (getattr(config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return (cap * torch.tanh(logits / cap) if cap else logits).to(home)
 
     def check(self, body: Callable[[Tensor], Tensor]) -> None:
         """Compare with the model's own logits, once.
@@ -59,7 +60,7 @@ class Readout:
             own = self._hf(input_ids=tokens, use_cache=False).logits[:, -1]
             ours = self(body(tokens)[:, -1], None)
         tolerance = TOLERANCE.get(own.dtype, 1e-4) * max(1.0, float(own.abs().max()))
-        if float((own - ours).abs().max()) > tolerance:
+        if float((own - ours.to(own.device)).abs().max()) > tolerance:
             raise UnsupportedError(
                 f"{self._info.family} does something to its logits that mechkit does not know",
                 fix="Use model.run(...).logits, which runs the model's own code to the end",

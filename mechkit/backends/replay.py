@@ -49,9 +49,10 @@ class _PrefixCache:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Prefix and new keys and values, ``[rows, heads, pos, d_head]``."""
         before_k, before_v = self._layers[layer_idx]
+        rows = self._rows.to(before_k.device)
         return (
-            torch.cat([before_k[self._rows], keys], -2),
-            torch.cat([before_v[self._rows], values], -2),
+            torch.cat([before_k[rows], keys], -2),
+            torch.cat([before_v[rows], values], -2),
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -89,7 +90,8 @@ class LensReplay:
                 backend.body(distinct, use_cache=True, past_key_values=cache)
                 layers: Any = cache.layers
                 for layer in layers:
-                    layer.keys, layer.values = layer.keys[which], layer.values[which]
+                    each = which.to(layer.keys.device)
+                    layer.keys, layer.values = layer.keys[each], layer.values[each]
                 self._prefix = [(layer.keys, layer.values) for layer in layers]
                 options = {"use_cache": True, "past_key_values": cache}
             last = ("resid", backend.info.n_layers)
@@ -98,7 +100,8 @@ class LensReplay:
                 backend.hooks(backend.sites.recording(self._store, [*record, last])),
                 self._noting(),
             ):
-                self._hidden: Tensor = backend.body(tokens[:, first:], **options).last_hidden_state
+                hidden: Tensor = backend.body(tokens[:, first:], **options).last_hidden_state
+                self._hidden = hidden.to(backend.info.device)
             self._residuals.append(self._store[last])
 
     def check(self) -> int:
@@ -121,7 +124,7 @@ class LensReplay:
                 row_bytes = spent.total // len(rows)
                 for layer in range(1, info.n_layers):
                     resid = self.block(layer, resid, rows)
-                off = float((self.backend.bridge.ln_final(resid) - own).abs().max())
+                off = float((self.backend.placed.normalised(resid) - own).abs().max())
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
             if ran_out(error):
                 raise
@@ -200,7 +203,7 @@ class LensReplay:
 
     def logits_of(self, ends: Tensor, columns: Tensor | None) -> Tensor:
         """Logits ``[rows, k]`` of streams at the answer position ``[rows, d_model]``."""
-        return self.backend.readout(self.backend.bridge.ln_final(ends[:, None])[:, 0], columns)
+        return self.backend.readout(self.backend.placed.normalised(ends[:, None])[:, 0], columns)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -214,7 +217,7 @@ class LensReplay:
         del module
         resid = args[0] if args else kwargs["hidden_states"]
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        self._residuals.append(resid.clone())
+        self._residuals.append(resid.clone().to(self.backend.info.device))
         self._calls.append((args[1:], rest))
 
     def stream(self, layer: int) -> Tensor:
@@ -225,8 +228,9 @@ class LensReplay:
         """Streams ``[rows, pos, d_model]`` through a block, each as a variant of one of the base prompts ``rows``."""
         args, kwargs = self._calls[layer]
         given = {key: self._rows(value, rows, key) for key, value in kwargs.items()}
-        out = self.backend.bridge.blocks[layer](resid, *(self._rows(value, rows) for value in args), **given)
-        return out[0] if isinstance(out, tuple) else out
+        there = self.backend.placed.there(layer, resid)
+        out = self.backend.bridge.blocks[layer](there, *(self._rows(value, rows) for value in args), **given)
+        return (out[0] if isinstance(out, tuple) else out).to(resid.device)
 
     def last_block(self, resid: Tensor, rows: Tensor, at: Tensor) -> Tensor:
         """As the last ``block``, but only one position ``at [rows]`` of what leaves it: ``[rows, d_model]``."""
@@ -246,6 +250,7 @@ class LensReplay:
     def _rows(self, value: Any, rows: Tensor, name: str = "") -> Any:
         """What a block was given, for these rows: batch-sized tensors picked, the cache replaced."""
         if isinstance(value, Tensor):
+            rows = rows.to(value.device)
             if name == "alibi" and value.ndim and value.shape[0] == self.batch * self.backend.info.n_heads:
                 return value.unflatten(0, (self.batch, -1))[rows].flatten(0, 1)
             by_prompt = value.ndim > 1 and value.shape[0] == self.batch

@@ -47,7 +47,7 @@ def check_engine(model: Model, engine: str, workers: int | None) -> None:
         raise UnsupportedError(
             f'engine="ray" with {model.name}, which runs elsewhere', expected="a model that was loaded here"
         )
-    if len(set(getattr(model.hf, "hf_device_map", {}).values())) > 1:
+    if len({parameter.device for parameter in model.hf.parameters()}) > 1:
         raise UnsupportedError(f'engine="ray" with {model.name} on several devices', expected="a model on one device")
     if importlib.util.find_spec("ray") is None:
         raise OptionError('engine="ray", and Ray is not installed', fix='pip install "mechkit-interp[ray]"')
