@@ -55,7 +55,7 @@ class Anatomy:
         points: where each kind of site is; patterns and scores are at no module's edge.
         modules: of each part its name, ``{}`` for the layer: ``block``, ``attn``, ``ln1``, ``q_norm``, ``ln_final`` ...
         cfg: dimensions: ``n_layers``, ``n_heads``, ``n_key_value_heads``, ``d_model``, ``d_head``, ``d_vocab``,
-            ``n_ctx``, and ``eps`` of norms that do not tell theirs.
+            ``n_ctx``, ``eps`` of norms that do not tell theirs, and whether attention and MLP are parallel.
     """
 
     points: Mapping[str, Place]
@@ -95,7 +95,7 @@ def anatomy(config: Any, name: str) -> Anatomy:
         ) from error
 
 
-_DIMENSIONS = ("n_heads", "n_key_value_heads", "d_model", "d_head", "d_vocab", "n_ctx", "eps")
+_DIMENSIONS = tuple("n_heads n_key_value_heads d_model d_head d_vocab n_ctx eps parallel_attn_mlp".split())
 
 
 def _of_one_layer(config: Any) -> Any:
@@ -164,6 +164,7 @@ class _Found:
         """The name of each part."""
         yield "block", self._name(self._block.original_component)
         yield "ln_final", self._name(self._bridge.ln_final.original_component)
+        yield "unembed", self._name(self._bridge.unembed.original_component)
         for parent, parts in ((self._block, PARTS), (self._block.attn, _OF_ATTENTION)):
             for part in parts:
                 module = parent._modules.get(part)

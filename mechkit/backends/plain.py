@@ -11,7 +11,7 @@ bridge's blocks, norms and weights under the names that the engine uses, and sit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -178,7 +178,7 @@ class PlainHooks(Hooks):
         if kind == "mlp":  # OPT lays prompts and positions on one axis there
             block = self._bridge.module("block", layer)
             stack.callback(block.register_forward_pre_hook(_noting(shape), with_kwargs=True).remove)
-        change = _changed(listener, place, shape)
+        change = changed_at(listener, place, shape)
         if place.side == "in":
             stack.callback(module.register_forward_pre_hook(_going_in(change), with_kwargs=True).remove)
         else:
@@ -194,7 +194,9 @@ class PlainHooks(Hooks):
         return layer in self._reporting
 
 
-def _changed(listener: Callable[[Tensor], Tensor], place: Place, shape: list[torch.Size]) -> Callable[[Tensor], Tensor]:
+def changed_at(
+    listener: Callable[[Tensor], Tensor], place: Place, shape: Sequence[torch.Size] = ()
+) -> Callable[[Tensor], Tensor]:
     """What a module's tensor becomes when a listener is given the site in it.
 
     Args:

@@ -38,11 +38,7 @@ class Readout:
             columns = columns.to(hidden.device)
             logits = torch.einsum("bd,bkd->bk", hidden, weight[columns])
             logits = logits if bias is None else logits + bias[columns]
-        config = self._hf.config
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return (cap * torch.tanh(logits / cap) if cap else logits).to(home)
+        return finished(logits, self._hf.config).to(home)
 
     def check(self, body: Callable[[Tensor], Tensor]) -> None:
         """Compare with the model's own logits, once.
@@ -66,3 +62,11 @@ class Readout:
                 fix="Use model.run(...).logits, which runs the model's own code to the end",
             )
         self._checked = True
+
+
+def finished(logits: Tensor, config: Any) -> Tensor:
+    """What a family does to the product of its unembedding: scaled, and capped."""
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits

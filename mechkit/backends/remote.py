@@ -40,10 +40,11 @@ class RemoteBackend:
         parts: where its parts are.
         family: class of the Hub's module.
         source: where its weights come from, for provenance.
+        config: the Hub's configuration.
     """
 
-    def __init__(self, line: Line, parts: Anatomy, family: str, source: Mapping[str, Any]):
-        self.line, self.parts, self._source = line, parts, source
+    def __init__(self, line: Line, parts: Anatomy, family: str, source: Mapping[str, Any], config: Any):
+        self.line, self.parts, self._source, self._config = line, parts, source, config
         self.model: Model | None = None  # the one that has this backend
         self._parallel: bool | None = None  # not asked yet
         cfg = parts.cfg
@@ -88,7 +89,7 @@ class RemoteBackend:
         part: Answer | None = None
         try:
             while True:
-                part = self._answered(address(function), given, state, _SECONDS[place is not None], show)
+                part = self._answered(address(function), given, state, place is not None, show)
                 state = part.checkpoint or state
                 if place is not None and state:
                     _keep(Path(place), state)
@@ -101,12 +102,23 @@ class RemoteBackend:
         assert part.result is not None
         return unpacked(part.result, self.model)
 
-    def _answered(self, function: str, given: bytes, state: bytes | None, seconds: float, show: bool) -> Answer:
+    def _answered(self, function: str, given: bytes, state: bytes | None, keeps: bool, show: bool) -> Answer:
         from ..remote.there import Request
 
         taking = errand.get()
-        limit = None if taking is not None else seconds
-        request = Request(function, given, self.info.name, self._source, self.parts, state, limit, self.line.local)
+        limit = None if taking is not None else _SECONDS[keeps]
+        request = Request(
+            function,
+            given,
+            self.info.name,
+            self._source,
+            self.parts,
+            state,
+            limit,
+            keeps,
+            self.line.local,
+            config=self._config,
+        )
         answer = self._read(self.sent(request, show) if taking is None else taking.sent(self, request))
         for text in answer.warned:
             warnings.warn(text, MechkitWarning, stacklevel=6)

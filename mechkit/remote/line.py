@@ -27,7 +27,7 @@ from . import boot
 from .faults import AGAIN, told
 from .there import PROGRESS
 
-_WAITS = (1.0, 5.0, 20.0)  # seconds before it is sent again
+_WAITS = (1.0, 5.0, 20.0, 60.0)  # seconds before it is sent again
 _MOMENT = 1.0  # seconds without a line
 _BETWEEN = 0.5  # seconds from one state of the line to the next
 _NOT_SENT = ("view", "cli.py", "planted")  # no analysis calls them there

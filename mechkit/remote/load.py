@@ -41,7 +41,8 @@ def load_remote(source: Any, remote: bool | str, dtype: str, revision: str | Non
     config, tokenizer = _described(where, revision)
     there, key = _there(where, tokenizer, revision, config, dtype if host is None else None)
     found = {"kind": "remote", "host": host or "local", "model": text}
-    backend = RemoteBackend(Line(there, host, name, key), anatomy(config, name), type(there._module).__name__, found)
+    family = type(there._module).__name__
+    backend = RemoteBackend(Line(there, host, name, key), anatomy(config, name), family, found, config)
     model = Model(backend, tokenizer, found)
     backend.model = model
     return model

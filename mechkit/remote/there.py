@@ -1,7 +1,8 @@
 """Where the model is: a request is opened, its function called with the model there, and the answer packed.
 
 1. The model as nnsight holds it is one of the Hub; with the names that were sent, the engine runs on it as it is. What
-   it was tried out for is remembered as long as the process lives.
+   it was tried out for is remembered as long as the process lives. Where the service keeps code apart from the weights,
+   the backend of ``envoys`` takes the engine's place.
 2. Attention is computed step by step while a request runs, so that patterns can be seen; afterwards as before.
 3. How far the work is, is printed; the service passes printed lines on to the one who waits.
 4. Work that keeps what is done is stopped after some seconds; what it kept is sent back, and sent here again.
@@ -26,8 +27,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..backends.anatomy import Anatomy
+from ..backends.envoys import EnvoyBackend
 from ..backends.plain import eager, plain_backend
-from ..errors import MechkitError, MechkitWarning, UnsupportedError
+from ..errors import MechkitError, MechkitWarning
 from ..model import Model
 from ..progress import Listener, listened_to
 from .parcel import packed, unpacked
@@ -47,8 +49,10 @@ class Request:
         parts: where its parts are.
         checkpoint: what was kept so far; None: this work keeps nothing.
         seconds: after which to stop, for work that keeps what is done.
+        keeps: the one who asks keeps it in a file, and wants it at the end too.
         here: the one who asks is on this machine, and sees the work's own bar.
         errand: is given back with the answer, as it is.
+        config: the Hub's, of the model.
     """
 
     function: str
@@ -58,8 +62,10 @@ class Request:
     parts: Anatomy
     checkpoint: bytes | None = None
     seconds: float | None = None
+    keeps: bool = False
     here: bool = False
     errand: bytes = b""
+    config: Any = None
 
 
 @dataclass(frozen=True)
@@ -93,17 +99,17 @@ def answered(there: Any, body: bytes) -> bytes:
     try:
         request: Request = unpacked(body, None)
         errand = request.errand
-        hf = there._module
-        if next(hf.parameters()).is_meta:
-            raise UnsupportedError(
-                "This server runs code apart from the model's weights (an untrusted key)",
-                expected="an NDIF that trusts the key",
-                fix="Ask its operators for a trusted key, or run an NDIF of your own: docs/own-ndif.md",
-            )
+        hf: Any = there._module
+        # Whether this is not the process that has the weights.
+        apart = bool(hf is None or next(hf.parameters()).is_meta)
         # Whatever precision the service lets code compute in, the engine chooses its own.
-        with torch.autocast(hf.device.type, enabled=False), eager(hf), warnings.catch_warnings(record=True) as warned:
+        device = "cpu" if apart else str(getattr(hf, "device", "cpu")).split(":")[0]
+        precise: Any = torch.autocast(device, enabled=False)
+        stepwise: Any = nullcontext() if apart else eager(hf)
+        with precise, stepwise, warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", MechkitWarning)
-            answer = _done(request, _model(hf, there, request))
+            model = _apart(there, request) if apart else _model(hf, there, request)
+            answer = _done(request, model)
         texts = tuple(str(one.message) for one in warned if issubclass(one.category, MechkitWarning))
         return packed(replace(answer, warned=texts, errand=errand))
     except MechkitError as error:
@@ -130,12 +136,18 @@ def _done(request: Request, model: Model) -> Answer:
                 kept.write_bytes(request.checkpoint)
             options = {**options, "checkpoint": kept}
         result = function(*args, **options)
-        state = kept.read_bytes() if kept is not None and kept.exists() else None
+        wanted = kept is not None and kept.exists() and (listener.stopped or request.keeps)
+        state = kept.read_bytes() if kept is not None and wanted else None
     return Answer(packed(result), checkpoint=state, stopped=listener.stopped, about=about)
 
 
 def _report(what: str, done: int, total: int) -> None:
     print(f"{PROGRESS} {done} {total} {what}", flush=True)
+
+
+def _apart(there: Any, request: Request) -> Model:
+    backend = EnvoyBackend(there, request.parts, request.name, request.config)
+    return Model(backend, getattr(there, "tokenizer", None), request.source)
 
 
 _models: WeakKeyDictionary[Any, dict[Any, Model]] = WeakKeyDictionary()

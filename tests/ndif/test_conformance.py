@@ -20,7 +20,7 @@ def test_the_same_there_and_here(family, check):
 @pytest.mark.real_model
 def test_the_default_model():
     far, own = smollm2()
-    task = mk.tasks.ioi(own, n=4, seed=11)
+    task = mk.tasks.ioi(own, n=2, seed=11)
     elsewhere.run(far, own, task)
     elsewhere.generate(far, own, task)
     for measure in (

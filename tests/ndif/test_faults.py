@@ -190,7 +190,7 @@ def test_a_sweep_survives_its_worker(tmp_path, monkeypatch):
     """The worker is killed in the middle of a checkpointed sweep; the table is the same."""
     far, own = smollm2()
     monkeypatch.setitem(sys.modules["mechkit.backends.remote"]._SECONDS, True, 1.0)
-    task = mk.tasks.ioi(own, n=8, seed=5)
+    task = mk.tasks.ioi(own, n=4, seed=5)
     kept = tmp_path / "kept.npz"
 
     def kill() -> None:
@@ -216,7 +216,7 @@ import mechkit as mk
 from mechkit.backends import remote
 remote._SECONDS[True] = 1.0
 far = mk.load("smollm2-135m", remote={HOST!r})
-mk.patch(far, mk.tasks.ioi(far, n=8, seed=5), "heads", checkpoint={str(kept)!r}, progress=False)
+mk.patch(far, mk.tasks.ioi(far, n=4, seed=5), "heads", checkpoint={str(kept)!r}, progress=False)
 """
     client = subprocess.Popen([sys.executable, "-c", text])
     while not kept.exists():
@@ -224,6 +224,6 @@ mk.patch(far, mk.tasks.ioi(far, n=8, seed=5), "heads", checkpoint={str(kept)!r},
         time.sleep(0.1)
     client.kill()
     client.wait()
-    task = mk.tasks.ioi(own, n=8, seed=5)
+    task = mk.tasks.ioi(own, n=4, seed=5)
     ours = mk.patch(far, task, "heads", checkpoint=kept, progress=False)
     elsewhere.same(ours, mk.patch(own, task, "heads", progress=False))

@@ -1,0 +1,339 @@
+"""The backend where code runs apart from the model's weights, as for keys that a service does not trust.
+
+There nnsight's envoys are all there is: tensors at the edges of the Hub's modules pass by, once and in order, and may
+be replaced. So
+
+1. every run is a whole forward pass of the prompts, from the first layer and position on; variants stand side by side
+   on the batch axis as elsewhere. It is slower by the work that the other backend leaves out, and gives the same
+   numbers.
+2. Path patching is its definition: one pass in which every other head keeps its base values and the receivers' values
+   are noted, one in which the receivers alone are set to them.
+3. Text is continued one token at a time by runs of the whole text.
+4. What needs weights or gradients is refused, and so are patterns, which are at no module's edge.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..edits import Edit
+from ..errors import UnsupportedError
+from ..sites import Site
+from .anatomy import Anatomy, Place
+from .change import changed, in_order
+from .hooks import Function
+from .memory import in_batches
+from .plain import changed_at
+from .protocol import Forward, Keep, ModelInfo, Paths, Read, Write
+from .readout import finished
+from .window import Change, Key, Window, carried_out
+
+_TOKENS = 4096  # of one pass; the memory of the machine that runs it is not seen from here
+_ORDER = {"embed": 0, "resid": 0, "q": 1, "k": 2, "v": 3, "z": 4, "mlp": 5}  # in which a block's sites pass by
+_TRUST = "Ask the service's operators for a trusted key, or run an NDIF of your own: docs/own-ndif.md"
+
+
+class EnvoyBackend:
+    """Runs a model through nnsight's envoys.
+
+    Args:
+        there: the model, as nnsight hands it out.
+        parts: where its parts are.
+        name: what to call it.
+        config: the Hub's configuration.
+    """
+
+    def __init__(self, there: Any, parts: Anatomy, name: str, config: Any):
+        self._there, self._parts, self._config = there, parts, config
+        cfg = parts.cfg
+        self.info = ModelInfo(
+            name=name,
+            family=(getattr(config, "architectures", None) or [type(config).__name__])[0],
+            n_layers=cfg["n_layers"],
+            n_heads=cfg["n_heads"],
+            n_kv_heads=cfg["n_key_value_heads"] or cfg["n_heads"],
+            d_model=cfg["d_model"],
+            d_head=cfg["d_head"],
+            d_vocab=cfg["d_vocab"],
+            n_ctx=cfg["n_ctx"],
+            dtype="as served",
+            device="cpu",
+        )
+
+    @property
+    def parallel(self) -> bool:
+        """See ``Backend.parallel``."""
+        return bool(self._parts.cfg["parallel_attn_mlp"])
+
+    def forward(
+        self,
+        tokens: Tensor,
+        edits: Sequence[Edit] = (),
+        record: Sequence[Site] = (),
+        read: Read | None = None,
+        lengths: Tensor | None = None,
+    ) -> Forward:
+        """One run; see ``Backend.forward``."""
+        window = Window(torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths)
+        functions: dict[Key, Function] = dict(self._functions(edits, window))
+        store: dict[Key, Tensor] = {}
+        for site in record:
+            if site.kind == "result":
+                raise self.refused(f'Recording "{site}"')
+            if site.kind != "logits":
+                key = (self.info.check(site).kind, site.layer)
+                functions[key] = _then(functions.get(key), key, store)
+        return Forward(self.run(tokens, functions, read), store)
+
+    def generate(self, tokens: Tensor, edits: Sequence[Edit], options: Mapping[str, Any]) -> Tensor:
+        """Prompts continued, the likeliest token each time; see ``Backend.generate``."""
+        known = {"do_sample", "max_new_tokens", "pad_token_id"}
+        if odd := [name for name, value in options.items() if name not in known or (name == "do_sample" and value)]:
+            raise self.refused(f"generate with {', '.join(odd)}")
+        ends = getattr(self._config, "eos_token_id", None)
+        ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        out, done = tokens, torch.zeros(len(tokens), dtype=torch.bool)
+        for _ in range(options["max_new_tokens"]):
+            last = torch.full((len(out),), out.shape[1])
+            functions = self._functions(edits, Window(last, growing=True))
+            new = self.run(out, functions, Read(last - 1)).argmax(-1)
+            new = torch.where(done, torch.tensor(options["pad_token_id"]), new)
+            out, done = torch.cat([out, new[:, None]], 1), done | torch.isin(new, ends)
+            if bool(done.all()):
+                break
+        return out
+
+    def start(self, tokens: Tensor, first: int, record: Sequence[Key] = ()) -> EnvoyReplay:
+        """A base run; see ``Backend.start``."""
+        return EnvoyReplay(self, tokens, first, record)
+
+    def base_tokens(self) -> int:
+        """How many tokens one base run may be."""
+        return _TOKENS
+
+    def keep_only(self, tokens: Tensor, keep: Keep, read: Read) -> Tensor:
+        """Runs in which only some heads, and MLPs, are left in; see ``Backend.keep_only``."""
+        batch, every = len(tokens), torch.arange(len(tokens))
+
+        def some(sets: Tensor) -> Tensor:
+            rows = every.repeat(len(sets))
+            functions: dict[Key, Function] = {}
+            for layer in range(self.info.n_layers):
+                mask = keep.kept[sets, layer].repeat_interleave(batch, 0)[:, None, :, None]
+                functions["z", layer] = _kept(mask, keep.values[layer], rows, batch, keep.first)
+                if keep.mlps is not None:
+                    mask = keep.mlps[sets, layer].repeat_interleave(batch, 0)[:, None, None]
+                    functions["mlp", layer] = _kept(mask, keep.mlp_values[layer], rows, batch, keep.first)
+            columns = None if read.columns is None else read.columns[rows]
+            logits = self.run(tokens[rows], functions, Read(read.positions[rows], columns))
+            return logits.unflatten(0, (len(sets), batch))
+
+        at_once = max(1, _TOKENS // tokens.numel())
+        return torch.cat([found for _, found, _ in in_batches(torch.arange(len(keep.kept)), at_once, some)])
+
+    def keep_edges(self, *_: Any, **__: Any) -> NoReturn:
+        """Edges into a head are inside its projections, where no module's edge is."""
+        raise self.refused("Circuits of edges of")
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, functions: Mapping[Key, Function], read: Read | None) -> Tensor:
+        """One pass with functions at sites; logits as of ``Forward``."""
+        there, name = self._there, self._parts.modules
+        found_at = self._steps(functions, tokens.shape)
+        steps = [(_envoy(there, module), side, changes) for module, side, changes in found_at]
+        norm, unembed, found = _envoy(there, name["ln_final"]), _envoy(there, name["unembed"]), []
+        rows = torch.arange(len(tokens))
+        with there.trace(tokens, use_cache=False):
+            for envoy, side, changes in steps:
+                _pass_by(envoy, side, changes)
+            if read is None:
+                found.append(unembed.output)
+            else:
+                found.append(unembed(norm.output[rows, read.positions]))
+        logits = finished(found[0].float(), self._config)
+        return logits if read is None or read.columns is None else logits.gather(1, read.columns)
+
+    def _functions(self, edits: Sequence[Edit], window: Window) -> dict[Key, Function]:
+        steps = changed(edits, self.info, window)
+        return {key: in_order(changes, key[0]) for key, changes in steps.items()}
+
+    def _steps(self, functions: Mapping[Key, Function], shape: torch.Size) -> list[tuple[str, str, list[Change]]]:
+        """Modules and their sides in the order in which they pass by, and what is done there."""
+        info, layers = self.info, self.info.n_layers
+        stream = [torch.Size((*shape, info.d_model))]
+        found: dict[tuple[str, str], list[Change]] = defaultdict(list)
+        for key in sorted(functions, key=lambda key: (key[1], _ORDER.get(key[0], -1))):
+            kind, layer = key
+            if kind not in self._parts.points:
+                raise self.refused(f"A {kind} of")
+            place = self._parts.points[kind]
+            if kind == "resid" and layer == layers:
+                place, layer = Place(self._parts.modules["block"], "out"), layers - 1
+            listener = _listening(functions[key], info.d_head if kind in "zqkv" else None)
+            found[place.module.format(layer), place.side].append(changed_at(listener, place, stream))
+        return [(*where, changes) for where, changes in found.items()]
+
+    def refused(self, what: str) -> UnsupportedError:
+        """The error for what cannot be had here."""
+        return UnsupportedError(
+            f"{what} {self.info.name}, on a service that runs code apart from the model's weights", fix=_TRUST
+        )
+
+
+class EnvoyReplay:
+    """See ``protocol.Replay``; every variant is a whole pass."""
+
+    def __init__(self, backend: EnvoyBackend, tokens: Tensor, first: int, record: Sequence[Key]):
+        self.first, self._backend, self._tokens = first, backend, tokens
+        self._store: dict[Key, Tensor] = {}
+        self._record(record)
+
+    def _record(self, keys: Iterable[Key]) -> None:
+        """Keep the base run's values of what is not kept yet."""
+        if missing := [key for key in keys if key not in self._store]:
+            none = Read(torch.zeros(len(self._tokens), dtype=torch.long))
+            self._backend.run(self._tokens, {key: _then(None, key, self._store) for key in missing}, none)
+
+    def rows(self, whole: bool = False, positions: int | None = None) -> int:
+        """How many variants go side by side."""
+        del whole, positions
+        return max(1, _TOKENS // self._tokens.shape[1])
+
+    def recorded(self, kind: str, layer: int) -> Tensor:
+        """The base run's values at the replayed positions."""
+        return self._store[kind, layer][:, self.first :]
+
+    def ends(self, read: Read) -> Tensor:
+        """The base run's own logits ``[batch, k]``."""
+        return self._backend.run(self._tokens, {}, read)
+
+    def resume(self, writes: Sequence[Write], read: Read) -> Tensor:
+        """Logits ``[rows, k]`` of every variant of every write; see ``protocol.Replay``."""
+        rows = torch.cat([write.rows for write in writes])
+        functions = {key: self._written(parts) for key, parts in _places(writes).items()}
+        return self._backend.run(self._tokens[rows], functions, read)
+
+    def via(self, writes: Sequence[Write], paths: Paths, read: Read) -> Tensor:
+        """Logits ``[rows, outcomes, k]`` of variants in which writes reach receivers alone; see ``protocol.Replay``."""
+        rows, places = torch.cat([write.rows for write in writes]), _places(writes)
+        arrived: dict[Key, Tensor] = {}
+        frozen: dict[Key, Function] = {}
+        receivers = {(one.kind, one.layer) for one in paths.receivers if one.kind != "logits"}
+        kinds = ("z",) if paths.through_mlps else ("z", "mlp")
+        held = {(kind, layer) for kind in kinds for layer in range(self._backend.info.n_layers)}
+        self._record(held)
+        for key in held | receivers | set(places):
+            base = self._store[key][rows] if key in held else None
+            frozen[key] = self._held(base, places.get(key, []), arrived if key in receivers else None, key)
+        direct = self._backend.run(self._tokens[rows], frozen, read)
+        groups = [[one] for one in paths.receivers] if paths.each else [list(paths.receivers)]
+        found = []
+        for group in groups:
+            if group[0].kind == "logits":
+                found.append(direct)
+                continue
+            sets: dict[Key, list[Site]] = defaultdict(list)
+            for one in group:
+                sets[one.kind, one.layer].append(one)
+            functions = {key: self._received(sites, arrived[key]) for key, sites in sets.items()}
+            found.append(self._backend.run(self._tokens[rows], functions, read))
+        return torch.stack(found, 1)
+
+    def _written(self, parts: Sequence[tuple[slice, Write]]) -> Change:
+        def function(tensor: Tensor) -> Tensor:
+            new = tensor.clone()
+            for place, write in parts:
+                new[place, self.first :] = carried_out(new[place, self.first :], write)
+            return new
+
+        return function
+
+    def _held(
+        self, base: Tensor | None, parts: Sequence[tuple[slice, Write]], arrived: dict[Key, Tensor] | None, key: Key
+    ) -> Change:
+        """What passes is noted where it arrives, kept at the base, and then written where a sender is."""
+
+        def function(tensor: Tensor) -> Tensor:
+            if arrived is not None:
+                arrived[key] = tensor.clone()
+            return self._written(parts)(tensor if base is None else base.to(tensor))
+
+        return function
+
+    def _received(self, sites: Sequence[Site], arrived: Tensor) -> Change:
+        def function(tensor: Tensor) -> Tensor:
+            new = tensor.clone()
+            for one in sites:
+                if one.head is None:
+                    return arrived.to(new)
+                slot = self._backend.info.slot(one)
+                new[:, :, slot] = arrived[:, :, slot].to(new)
+            return new
+
+        return function
+
+
+def _places(writes: Sequence[Write]) -> dict[Key, list[tuple[slice, Write]]]:
+    """Writes by the tensor they are in, each with its place among all variants."""
+    found: dict[Key, list[tuple[slice, Write]]] = defaultdict(list)
+    begin = 0
+    for write in writes:
+        place = slice(begin, begin + len(write.rows))
+        found[write.kind, write.layer].append((place, write))
+        begin = place.stop
+    return found
+
+
+def _kept(mask: Tensor, values: Tensor, rows: Tensor, batch: int, first: int) -> Change:
+    def function(tensor: Tensor) -> Tensor:
+        late = tensor[:, first:]
+        others = values.to(late).expand(batch, *late.shape[1:])[rows]
+        return torch.cat([tensor[:, :first], torch.where(mask, late, others)], 1)
+
+    return function
+
+
+def _then(edit: Function | None, key: Key, store: dict[Key, Tensor]) -> Function:
+    def function(tensor: Tensor) -> Tensor | None:
+        edited = None if edit is None else edit(tensor)
+        store[key] = (tensor if edited is None else edited).clone()
+        return edited
+
+    return function
+
+
+def _listening(function: Function, d_head: int | None) -> Change:
+    """A function that is given heads apart, where there are heads, and gives a tensor of the shape it was given."""
+
+    def listener(tensor: Tensor) -> Tensor:
+        by_head = tensor if d_head is None or tensor.ndim != 3 else tensor.unflatten(-1, (-1, d_head))
+        result = function(by_head)
+        return tensor if result is None else result.reshape(tensor.shape).to(tensor)
+
+    return listener
+
+
+def _envoy(there: Any, name: str) -> Any:
+    """The envoy of a module by the module's name."""
+    for part in name.split("."):
+        there = there[int(part)] if part.isdigit() else getattr(there, part)
+    return there
+
+
+def _pass_by(envoy: Any, side: str, changes: Sequence[Change]) -> None:
+    """Inside a trace: let what goes into a module, or comes out of it, become what the changes make of it."""
+    whole: Any = envoy.input if side == "in" else envoy.output
+    old = new = whole[0] if isinstance(whole, tuple) else whole
+    for change in changes:
+        new = change(new)
+    if new is old:
+        return
+    if side == "in":
+        envoy.input = new
+    else:
+        envoy.output = (new, *whole[1:]) if isinstance(whole, tuple) else new
