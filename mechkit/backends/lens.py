@@ -23,7 +23,6 @@ from ..errors import CapacityError, EditError, MechkitError, UnsupportedError, f
 from ..sites import Site
 from .branches import Branches
 from .change import changed, in_order
-from .elsewhere import Elsewhere
 from .hooks import TOLERANCE, Function, Hooks
 from .keep_edges import LensEdgeRuns, written_keys
 from .keep_only import keep_only
@@ -52,9 +51,9 @@ def local_backend(model: Model, what: str) -> LensBackend:
     """
     if isinstance(model.backend, LensBackend):
         return model.backend
-    if isinstance(model.backend, Elsewhere):
-        raise UnsupportedError(f"{what} {model.name}, which runs elsewhere", expected="a local model")
-    raise model.backend.refused(what)  # type: ignore[attr-defined]
+    if refused := getattr(model.backend, "refused", None):
+        raise refused(what)
+    raise UnsupportedError(f"{what} {model.name}, which runs elsewhere", expected="a local model")
 
 
 class LensBackend:

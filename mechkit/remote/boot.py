@@ -2,7 +2,7 @@
 
 This file is sent as text and executed there, so it stands by itself.
 
-1. mechkit's source was sent as a zip file. It is imported from there, unless the same was imported before.
+1. mechkit's source was sent as a zip file. It is imported from its files, unless the same was imported before.
 2. Of the packages that mechkit uses for tables and figures, a server may have none. They are stood in for while mechkit
    is imported: they may be named, not used.
 3. Nothing of this is left in the way of others: the path and the stand-ins are taken away again.
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import pickle
 import sys
 import tempfile
-from pathlib import Path
+import zipfile
 from types import ModuleType
 from typing import Any
 
@@ -72,8 +73,9 @@ def answer(there: Any, request: bytes) -> bytes:
             return b""
         for name in [name for name in sys.modules if name.split(".")[0] == "mechkit"]:
             del sys.modules[name]
-        path = str(Path(tempfile.mkdtemp(prefix="mechkit-")) / "source.zip")
-        Path(path).write_bytes(source)
+        path = tempfile.mkdtemp(prefix="mechkit-")
+        with zipfile.ZipFile(io.BytesIO(source)) as archive:
+            archive.extractall(path)  # as files: nnsight reads the source of what it runs
     else:
         path = known._path  # type: ignore[union-attr]
     before = set(sys.modules)

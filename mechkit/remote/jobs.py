@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 _POLLS = 1.0  # seconds from one question to the next
+_BOOKED = 10.0  # seconds after which a service knows what was sent to it
 
 
 class _SentError(BaseException):
@@ -65,6 +66,7 @@ class Job:
     def __init__(self, id: str, model: Model):
         self.id, self._model = id, model
         self._answer: bytes | None = None
+        self._heard = time.monotonic()
 
     @property
     def state(self) -> str:
@@ -114,6 +116,9 @@ class Job:
     def _poll(self) -> str:
         state, self._answer = _line(self._model).poll(self.id)
         if state == "UNKNOWN":
+            # A job that was sent just now is not in the service's books yet.
+            if time.monotonic() - self._heard < _BOOKED:
+                return "QUEUED"
             raise NoSuchJobError(
                 f"{_line(self._model).host} knows no job {self.id!r}",
                 expected="the id of a job that was sent there, not long ago",
