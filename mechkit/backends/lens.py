@@ -22,8 +22,9 @@ from ..edits import Edit
 from ..errors import CapacityError, EditError, MechkitError, UnsupportedError, first_line
 from ..sites import Site
 from .branches import Branches
+from .cached import cache_is_exact
 from .change import changed, in_order
-from .hooks import TOLERANCE, Function, Hooks
+from .hooks import Function, Hooks
 from .keep_edges import LensEdgeRuns, written_keys
 from .keep_only import keep_only
 from .memory import fitting, ran_out, rows_at_once
@@ -243,31 +244,7 @@ class LensBackend:
     def _cache_is_exact(self) -> bool:
         """Whether generating with a cache gives the logits of generating without; tried out once, on a few tokens."""
         if self._exact_cache is None:
-            from transformers import DynamicCache
-
-            ids = torch.arange(1, min(6, self.info.d_vocab), device=self.info.device).expand(2, -1)
-            try:
-                with_cache, without = (
-                    self.hf.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=3,
-                        do_sample=False,
-                        eos_token_id=None,
-                        pad_token_id=0,
-                        output_logits=True,
-                        return_dict_in_generate=True,
-                        **how,
-                    ).logits
-                    for how in ({"past_key_values": DynamicCache()}, {"use_cache": False})
-                )
-                off = max(float((a - b).abs().max()) for a, b in zip(with_cache, without, strict=True))
-                largest = max(1.0, *(float(logits.abs().max()) for logits in without))
-                self._exact_cache = off <= TOLERANCE.get(self.hf.dtype, 1e-4) * largest
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-                if ran_out(error):
-                    raise
-                self._exact_cache = False
+            self._exact_cache = cache_is_exact(self.hf, self.info)
         return self._exact_cache
 
     def _functions(self, edits: Sequence[Edit], window: Window) -> dict[Key, Function]:
