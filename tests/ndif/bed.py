@@ -58,6 +58,7 @@ def environment(folder: Path) -> dict[str, str]:
         "NDIF_DEFAULT_MODEL_ACTOR_CLASS": "cpu_actor.CPUModelActor",
         "NDIF_INFLUX_ENABLED": "0",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),  # Ray would give a model one thread
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "x",
         "RAY_AUTH_MODE": "token",
