@@ -74,6 +74,11 @@ class Handle:
         self._kind, self._args, self._options = kind, args, options
         self._read: dict[str, Any] = {}
 
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """Of the instance that it stands for, so that ``isinstance`` says the same of both."""
+        return self._kind
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
