@@ -81,9 +81,14 @@ class Model:
 
     @cached_property
     def nnsight(self) -> Any:
-        """The same module as an nnsight ``TransformersModel`` (``NNsight`` where there is no tokenizer)."""
+        """The same module as an nnsight ``TransformersModel`` (``NNsight`` where there is no tokenizer).
+
+        Of a model that runs elsewhere, what nnsight has of it here, to trace with ``remote=``.
+        """
         import nnsight
 
+        if hasattr(self.backend, "line"):
+            return self._underneath("line").there
         if self.tokenizer is None:
             return nnsight.NNsight(self.hf)
         return nnsight.TransformersModel(self.hf, tokenizer=self.tokenizer, task="text-generation")

@@ -22,12 +22,13 @@ from typing import Any
 import nnsight
 from tqdm.auto import tqdm
 
-from ..errors import RemoteError, TooLongError
+from ..errors import RemoteError, TooLongError, UnreachableError
 from . import boot
 from .faults import AGAIN, told
 from .there import PROGRESS
 
 _WAITS = (1.0, 5.0, 20.0, 60.0)  # seconds before it is sent again
+_FIRST = 1.0  # of these, for one who has not answered yet
 _MOMENT = 1.0  # seconds without a line
 _BETWEEN = 0.5  # seconds from one state of the line to the next
 _NOT_SENT = ("view", "cli.py", "planted")  # no analysis calls them there
@@ -59,13 +60,14 @@ class Line:
         patience: seconds without a word from the service after which it is given up.
 
     Attributes:
+        there: as given.
         local: requests are run on this machine.
     """
 
     def __init__(self, there: Any, host: str | None, name: str, key: str = "", patience: float = 1800.0):
         self.host, self.name, self.key, self.patience = host or "here", name, key, patience
         self.local = host is None
-        self._there, self._knows = there, False
+        self.there, self._knows, self._reached = there, False, False
 
     def ask(self, body: bytes, show: bool = True) -> bytes:
         """Send a request and wait for its answer.
@@ -77,15 +79,17 @@ class Line:
         Raises:
             RemoteError: of a kind; see ``faults``.
         """
-        for wait in (*_WAITS, None):
+        waits = iter(_WAITS)
+        while True:
             try:
                 return self._asked(body, show)
             except AGAIN as error:
                 self._knows = False
-                if wait is None:
+                wait = next(waits, None)
+                # One who never answered is not waited for as long as one who did.
+                if wait is None or (not self._reached and wait > _FIRST and isinstance(error, UnreachableError)):
                     raise
                 _wait(wait, error, show)
-        raise AssertionError
 
     def submit(self, body: bytes) -> str:
         """Send a request without waiting: the id of the job.
@@ -117,14 +121,14 @@ class Line:
             answer = self._run(self._backend(display), body, not self._knows)
             if not answer:  # the one who knew the source is gone
                 answer = self._run(self._backend(display), body, True)
-        self._knows = True
+        self._knows = self._reached = True
         return answer
 
     def _backend(self, display: Any) -> Any:
         if self.local:
             from nnsight.intervention.backends.local import LocalSimulationBackend
 
-            return LocalSimulationBackend(self._there)
+            return LocalSimulationBackend(self.there)
         from nnsight.intervention.backends.remote import RemoteBackend
 
         backend: Any = RemoteBackend(self.key, host=self.host)
@@ -134,7 +138,7 @@ class Line:
     def _run(self, backend: Any, body: bytes, with_source: bool) -> bytes:
         digest, content = source()
         request = pickle.dumps((digest, content if with_source else b"", body))
-        there, text, answer = self._there, inspect.getsource(boot), b""
+        there, text, answer = self.there, inspect.getsource(boot), b""
         with there.session(backend=backend):
             scope: dict[str, Any] = {}
             exec(text, scope)
