@@ -257,7 +257,7 @@ def _weights_hash(model: Model) -> str:
     import hashlib
 
     if not hasattr(model.backend, "parameters"):
-        return "not seen"  # by code that a service keeps apart from the weights
+        return f"not seen, {model.source}"  # by code that a service keeps apart from the weights
     digest = hashlib.sha256()
     with torch.inference_mode():
         parameters: dict[str, Tensor] = model._underneath("parameters")

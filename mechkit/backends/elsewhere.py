@@ -93,8 +93,7 @@ class Handle:
         return self._read[name]
 
 
-_MOST = 2  # instances kept where the model is; they may hold base runs
-_kept: dict[Any, Any] = {}
+_MOST = 1  # instances kept where the model is; they may hold base runs
 
 
 @where_the_model_is
@@ -113,10 +112,10 @@ def ask(
     import cloudpickle
 
     made = hashlib.sha256(cloudpickle.dumps((kind.__qualname__, made_with, made_so))).hexdigest()
-    key = (id(model), made)
-    if key not in _kept:
-        while len(_kept) >= _MOST:
-            del _kept[next(iter(_kept))]
-        _kept[key] = kind(model, *made_with, **made_so)
-    found = getattr(_kept[key], name)
+    kept: dict[str, Any] = vars(model).setdefault("_instances", {})  # they go with it
+    if made not in kept:
+        while len(kept) >= _MOST:
+            del kept[next(iter(kept))]
+        kept[made] = kind(model, *made_with, **made_so)
+    found = getattr(kept[made], name)
     return found if options is None else found(*args, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,7 +82,7 @@ class EnvoyReplay:
         def function(tensor: Tensor) -> Tensor:
             new = tensor.clone()
             for place, write in parts:
-                new[place, self.first :] = carried_out(new[place, self.first :], write)
+                new[place, self.first :] = carried_out(new[place, self.first :], _beside(write, new))
             return new
 
         return function
@@ -111,6 +112,12 @@ class EnvoyReplay:
         return function
 
 
+def _beside(write: Write, tensor: Tensor) -> Write:
+    """A write where a tensor is."""
+    heads = None if write.heads is None else write.heads.to(tensor.device)
+    return replace(write, where=write.where.to(tensor.device), heads=heads)
+
+
 def _places(writes: Sequence[Write]) -> dict[Key, list[tuple[slice, Write]]]:
     """Writes by the tensor they are in, each with its place among all variants."""
     found: dict[Key, list[tuple[slice, Write]]] = defaultdict(list)
@@ -127,7 +134,7 @@ def noted(edit: Function | None, key: Key, store: dict[Key, Tensor]) -> Function
 
     def function(tensor: Tensor) -> Tensor | None:
         edited = None if edit is None else edit(tensor)
-        store[key] = (tensor if edited is None else edited).clone()
+        store[key] = (tensor if edited is None else edited).to("cpu", copy=True)
         return edited
 
     return function

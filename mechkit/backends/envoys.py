@@ -96,6 +96,8 @@ class EnvoyBackend:
         known = {"do_sample", "max_new_tokens", "pad_token_id"}
         if odd := [name for name, value in options.items() if name not in known or (name == "do_sample" and value)]:
             raise self.refused(f"generate with {', '.join(odd)}")
+        if getattr(self._config, "repetition_penalty", None) not in (None, 1.0):
+            raise self.refused("generate with a penalty on repetition, as its makers have it,")
         ends = getattr(self._config, "eos_token_id", None)
         ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends])
         out, done = tokens, torch.zeros(len(tokens), dtype=torch.bool)
@@ -156,7 +158,8 @@ class EnvoyBackend:
                 found.append(unembed.output)
             else:
                 found.append(unembed(norm.output[rows, read.positions]))
-        logits = finished(found[0].float(), self._config)
+        # What passes by is where the model is; what it is compared with is here.
+        logits = finished(found[0].float().cpu(), self._config)
         return logits if read is None or read.columns is None else logits.gather(1, read.columns)
 
     def _functions(self, edits: Sequence[Edit], window: Window) -> dict[Key, Function]:
@@ -189,8 +192,8 @@ class EnvoyBackend:
 def _kept(mask: Tensor, values: Tensor, rows: Tensor, batch: int, first: int) -> Change:
     def function(tensor: Tensor) -> Tensor:
         late = tensor[:, first:]
-        others = values.to(late).expand(batch, *late.shape[1:])[rows]
-        return torch.cat([tensor[:, :first], torch.where(mask, late, others)], 1)
+        others = values.to(late).expand(batch, *late.shape[1:])[rows.to(late.device)]
+        return torch.cat([tensor[:, :first], torch.where(mask.to(late.device), late, others)], 1)
 
     return function
 

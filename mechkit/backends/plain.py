@@ -45,7 +45,8 @@ def plain_backend(hf: Any, parts: Anatomy, name: str) -> LensBackend:
 @contextmanager
 def eager(hf: Any) -> Iterator[None]:
     """While active, a model computes attention step by step, so that patterns can be seen."""
-    before = hf.config._attn_implementation
+    # The first one that was ever seen: a request that was cut off may not have put it back yet.
+    before = vars(hf).setdefault("_mechkit_attention", hf.config._attn_implementation)
     try:
         _set(hf, "eager")
         yield

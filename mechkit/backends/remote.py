@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import MechkitWarning, UnsupportedError
+from ..errors import MechkitWarning, StorageError, UnsupportedError
 from .anatomy import Anatomy
 from .elsewhere import where_the_model_is
 from .protocol import Forward, ModelInfo, Read
@@ -40,13 +40,12 @@ class RemoteBackend:
         parts: where its parts are.
         family: class of the Hub's module.
         source: where its weights come from, for provenance.
-        config: the Hub's configuration.
+        config: what is read of the Hub's configuration; see ``remote.there``.
     """
 
-    def __init__(self, line: Line, parts: Anatomy, family: str, source: Mapping[str, Any], config: Any):
+    def __init__(self, line: Line, parts: Anatomy, family: str, source: Mapping[str, Any], config: Mapping[str, Any]):
         self.line, self.parts, self._source, self._config = line, parts, source, config
         self.model: Model | None = None  # the one that has this backend
-        self._parallel: bool | None = None  # not asked yet
         cfg = parts.cfg
         self.info = ModelInfo(
             name=line.name,
@@ -80,8 +79,8 @@ class RemoteBackend:
 
         known = inspect.signature(function).parameters
         bound = inspect.signature(function).bind(*args, **options)
-        keeps = "checkpoint" in known
-        place = bound.arguments.pop("checkpoint", None)
+        keeps = "checkpoint" in known and not self.line.local  # here, it is this machine's file as it is
+        place = bound.arguments.pop("checkpoint", None) if keeps else None
         show = bool(bound.arguments.get("progress", known["progress"].default if "progress" in known else True))
         with told(self.line.host, self.line.name):
             given = sendable((bound.args, bound.kwargs))
@@ -146,9 +145,7 @@ class RemoteBackend:
     @property
     def parallel(self) -> bool:
         """See ``Backend.parallel``."""
-        if self._parallel is None:
-            self._parallel = _parallel(self.model)
-        return self._parallel
+        return bool(self.parts.cfg["parallel_attn_mlp"])
 
     def forward(
         self,
@@ -193,11 +190,6 @@ errand: ContextVar[Any] = ContextVar("mechkiterrand", default=None)
 
 
 @where_the_model_is
-def _parallel(model: Any) -> bool:
-    return model.backend.parallel
-
-
-@where_the_model_is
 def _forward(
     model: Any,
     tokens: Tensor,
@@ -217,7 +209,14 @@ def _generate(model: Any, tokens: Tensor, edits: Sequence[Edit], options: Mappin
 def _begun(place: Any) -> bytes:
     """What a checkpoint holds so far."""
     path = None if place is None else Path(place).expanduser()
-    return path.read_bytes() if path is not None and path.exists() else b""
+    if path is None or not path.exists():
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be read as a checkpoint: {error.strerror or error}", fix="Give another path"
+        ) from error
 
 
 def _keep(path: Path, state: bytes) -> None:

@@ -61,6 +61,10 @@ def told(host: str, name: str) -> Iterator[None]:
             f"The connection to {host} ended while work was under way",
             fix="Send it again; with checkpoint=path it goes on from what was done",
         ) from None
+    except httpx.HTTPStatusError as error:
+        code = error.response.status_code
+        kind = "Failed to send request: " if code >= 500 else ""
+        raise by_text(f"{kind}HTTP {code} {error.response.reason_phrase}", host, name) from None
     except (ConnectionError, TimeoutError, OSError, httpx.HTTPError, websocket.WebSocketException) as error:
         raise _unreachable(str(error), host) from None
     except (TypeError, pickle.PicklingError, AttributeError) as error:
@@ -101,20 +105,20 @@ def by_text(text: str, host: str, name: str) -> RemoteError:
             f"{host} cannot read the request: {first_line(RuntimeError(text))}",
             fix="mk.remote.versions() compares what is installed here and there",
         )
+    if "failed to send request" in low or "temporarily unavailable" in low:
+        return _unreachable(text, host)
     if "execution timeout" in low or "timed out" in low:
         return TooLongError.saying(
             text,
             f"{host} ended the work on {name}: {first_line(RuntimeError(text))}",
             fix="Fewer prompts or sites at a time; with checkpoint=path, work is sent in parts of a few seconds",
         )
-    if any(one in low for one in ("submitting request to model deployment", "evicted", "cancelled or preempted")):
+    if any(one in low for one in ("submitting request to model deployment", "evicted")):
         return WorkerLostError.saying(
             text,
             f"The process that held {name} on {host} ended: {first_line(RuntimeError(text))}",
             fix="Send it again; with checkpoint=path it goes on from what was done",
         )
-    if "failed to send request" in low or "temporarily unavailable" in low:
-        return _unreachable(text, host)
     return ServerError.saying(text, f"{host} raised an error on {name}: {_last(text)}\n\n{text.strip()}\n\n")
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends.elsewhere import elsewhere
 from ..backends.remote import RemoteBackend, errand
 from ..errors import NoSuchJobError, OptionError, TooLongError
-from .faults import fault
+from .faults import fault, told
 from .parcel import packed, sendable, unpacked
 
 if TYPE_CHECKING:
@@ -39,18 +39,20 @@ class _Sending:
     job: str = ""
 
     def sent(self, backend: RemoteBackend, request: Any) -> bytes:
-        self.job = backend.line.submit(packed(replace(request, errand=self.errand)))
+        errand = packed((self.errand, request.function))
+        self.job = backend.line.submit(packed(replace(request, errand=errand)))
         raise _SentError
 
 
 @dataclass
 class _Answered:
-    """Gives the answer to the first request of an analysis; others are asked as usual."""
+    """Gives the answer to the one request of an analysis that was sent; others are asked as usual."""
 
     answer: bytes | None
+    function: str
 
     def sent(self, backend: RemoteBackend, request: Any) -> bytes:
-        if self.answer is None:
+        if self.answer is None or request.function != self.function:
             return backend.sent(request, False)
         answer, self.answer = self.answer, None
         return answer
@@ -106,8 +108,9 @@ class Job:
             if answer.error is not None:
                 raise answer.error
             raise NoSuchJobError(f"Job {self.id} was not sent by mk.remote.submit", expected="one that was")
-        function, args, options = unpacked(answer.errand, self._model)
-        token = errand.set(_Answered(self._answer))
+        what, asked = unpacked(answer.errand, self._model)
+        function, args, options = unpacked(what, self._model)
+        token = errand.set(_Answered(self._answer, asked))
         try:
             return function(*args, **options)
         finally:
@@ -142,10 +145,11 @@ def submit(function: Callable[..., Any], model: Model, *args: Any, **options: An
         MechkitError: what the analysis raises before it sends anything.
         RemoteError: of a kind.
     """
-    _line(model)
+    line = _line(model)
     if options.get("checkpoint") is not None:
         raise OptionError("A checkpoint for work that nobody waits for", expected="none", fix="Call it without submit")
-    sending = _Sending(sendable((function, (model, *args), options)))
+    with told(line.host, line.name):
+        sending = _Sending(sendable((function, (model, *args), options)))
     token = errand.set(sending)
     try:
         function(model, *args, **options)

@@ -22,13 +22,12 @@ from typing import Any
 import nnsight
 from tqdm.auto import tqdm
 
-from ..errors import RemoteError, TooLongError, UnreachableError
+from ..errors import RemoteError, TooLongError, UnreachableError, WorkerLostError
 from . import boot
 from .faults import AGAIN, told
 from .there import PROGRESS
 
 _WAITS = (1.0, 5.0, 20.0, 60.0)  # seconds before it is sent again
-_FIRST = 1.0  # of these, for one who has not answered yet
 _MOMENT = 1.0  # seconds without a line
 _BETWEEN = 0.5  # seconds from one state of the line to the next
 _NOT_SENT = ("view", "cli.py", "planted")  # no analysis calls them there
@@ -79,17 +78,21 @@ class Line:
         Raises:
             RemoteError: of a kind; see ``faults``.
         """
-        waits = iter(_WAITS)
+        times = 0
         while True:
             try:
                 return self._asked(body, show)
             except AGAIN as error:
                 self._knows = False
-                wait = next(waits, None)
-                # One who never answered is not waited for as long as one who did.
-                if wait is None or (not self._reached and wait > _FIRST and isinstance(error, UnreachableError)):
+                waits = _WAITS
+                if isinstance(error, WorkerLostError):
+                    waits = _WAITS[-2:]  # it may be this work that ends its worker, which others share
+                elif isinstance(error, UnreachableError) and not self._reached:
+                    waits = _WAITS[:1]
+                if times >= len(waits):
                     raise
-                _wait(wait, error, show)
+                _wait(waits[times], error, show)
+                times += 1
 
     def submit(self, body: bytes) -> str:
         """Send a request without waiting: the id of the job.

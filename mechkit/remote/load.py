@@ -18,6 +18,7 @@ from ..library import quiet_library
 from ..model import Model
 from ..packaged import PACKAGED, local_folder
 from .line import Line
+from .there import read_of
 
 
 def load_remote(source: Any, remote: bool | str, dtype: str, revision: str | None) -> Model:
@@ -40,9 +41,10 @@ def load_remote(source: Any, remote: bool | str, dtype: str, revision: str | Non
     where = str(Path(where).expanduser().resolve()) if _is_folder(where) else where
     config, tokenizer = _described(where, revision)
     there, key = _there(where, tokenizer, revision, config, dtype if host is None else None)
-    found = {"kind": "remote", "host": host or "local", "model": text}
+    found = {"kind": "remote", "host": host or "local", "model": text, "revision": revision or "main"}
     family = type(there._module).__name__
-    backend = RemoteBackend(Line(there, host, name, key), anatomy(config, name), family, found, config)
+    read = read_of(config, _generation(where, revision))
+    backend = RemoteBackend(Line(there, host, name, key), anatomy(config, name), family, found, read)
     model = Model(backend, tokenizer, found)
     backend.model = model
     return model
@@ -84,6 +86,15 @@ def _described(where: str, revision: str | None) -> tuple[Any, Any]:
         except (OSError, ValueError, ImportError):
             return config, None  # enough where only token ids are used
     return config, tokenizer if tokenizer.vocab_size else None
+
+
+def _generation(where: str, revision: str | None) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(where, revision=revision or "main")
+    except (OSError, ValueError):
+        return None  # it has none of its own
 
 
 def _there(where: str, tokenizer: Any, revision: str | None, config: Any, dtype: str | None) -> tuple[Any, str]:

@@ -21,20 +21,22 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ..backends.anatomy import Anatomy
 from ..backends.envoys import EnvoyBackend
 from ..backends.plain import eager, plain_backend
-from ..errors import MechkitError, MechkitWarning
+from ..errors import MechkitError, MechkitWarning, StorageError
 from ..model import Model
 from ..progress import Listener, listened_to
 from .parcel import packed, unpacked
 
 PROGRESS = "mechkit:progress"
+_BROKEN = ("device-side assert triggered", "an illegal memory access was encountered")  # nothing runs any more
+_READ = ("eos_token_id", "repetition_penalty", "logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Request:
         keeps: the one who asks keeps it in a file, and wants it at the end too.
         here: the one who asks is on this machine, and sees the work's own bar.
         errand: is given back with the answer, as it is.
-        config: the Hub's, of the model.
+        config: what is read of the Hub's configuration; see ``read_of``.
     """
 
     function: str
@@ -65,7 +67,7 @@ class Request:
     keeps: bool = False
     here: bool = False
     errand: bytes = b""
-    config: Any = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def answered(there: Any, body: bytes) -> bytes:
         apart = bool(hf is None or next(hf.parameters()).is_meta)
         # Whatever precision the service lets code compute in, the engine chooses its own.
         device = "cpu" if apart else str(getattr(hf, "device", "cpu")).split(":")[0]
-        precise: Any = torch.autocast(device, enabled=False)
+        precise: Any = torch.autocast("cuda" if torch.cuda.is_available() else device, enabled=False)
         stepwise: Any = nullcontext() if apart else eager(hf)
         with precise, stepwise, warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", MechkitWarning)
@@ -115,6 +117,8 @@ def answered(there: Any, body: bytes) -> bytes:
     except MechkitError as error:
         return packed(Answer(error=error, errand=errand))
     except Exception as error:
+        if any(one in str(error) for one in _BROKEN):
+            raise  # the service then starts the process anew
         return packed(Answer(fault=(type(error).__name__, str(error), traceback.format_exc()), errand=errand))
 
 
@@ -135,7 +139,11 @@ def _done(request: Request, model: Model) -> Answer:
             if request.checkpoint:
                 kept.write_bytes(request.checkpoint)
             options = {**options, "checkpoint": kept}
-        result = function(*args, **options)
+        try:
+            result = function(*args, **options)
+        except StorageError as error:
+            given = error.given.replace(str(kept), "What was given as checkpoint")
+            raise StorageError(given, expected=error.expected, fix=error.fix) from None
         wanted = kept is not None and kept.exists() and (listener.stopped or request.keeps)
         state = kept.read_bytes() if kept is not None and wanted else None
     return Answer(packed(result), checkpoint=state, stopped=listener.stopped, about=about)
@@ -146,17 +154,29 @@ def _report(what: str, done: int, total: int) -> None:
 
 
 def _apart(there: Any, request: Request) -> Model:
-    backend = EnvoyBackend(there, request.parts, request.name, request.config)
+    backend = EnvoyBackend(there, request.parts, request.name, SimpleNamespace(**request.config))
     return Model(backend, getattr(there, "tokenizer", None), request.source)
 
 
-_models: WeakKeyDictionary[Any, dict[Any, Model]] = WeakKeyDictionary()
+def read_of(config: Any, generation: Any = None) -> dict[str, Any]:
+    """What is read of the Hub's configurations, of a model and of how it generates: names and numbers alone."""
+    found = {name: getattr(config, name, None) for name in _READ}
+    for name in ("eos_token_id", "repetition_penalty"):
+        if getattr(generation, name, None) is not None:
+            found[name] = getattr(generation, name)
+    return found | {"architectures": getattr(config, "architectures", None)}
 
 
 def _model(hf: Any, there: Any, request: Request) -> Model:
-    known = _models.setdefault(hf, {})
-    key = (request.name, str(request.source))
-    if key not in known:
+    """The model there, made once for as long as its weights stay where they are.
+
+    It is kept on the Hub's module itself, and goes with it.
+    """
+    places = tuple((str(one.device), one.data_ptr()) for one in hf.parameters())
+    key = (request.name, str(request.source), request.parts.points, request.parts.modules, places)
+    known = vars(hf).get("_mechkit")
+    if known is None or known[0] != key:
         backend = plain_backend(hf, request.parts, request.name)
-        known[key] = Model(backend, getattr(there, "tokenizer", None), request.source)
-    return known[key]
+        known = key, Model(backend, getattr(there, "tokenizer", None), request.source)
+        vars(hf)["_mechkit"] = known
+    return known[1]
