@@ -55,7 +55,7 @@ ndif-ready:  ## says what the tests against a running NDIF lack here
 
 ndif: $(VENV)/.ndif  ## tests against a whole NDIF on loopback (Linux; needs redis-server, unshare, ip, Python 3.12)
 	$(BIN)/python tests/ndif/apart.py $(VENV)/ndif/bin/python tests/ndif/bed.py --folder runs/ndif -- \
-	  $(BIN)/python -m pytest tests/ndif
+	  $(BIN)/python -m pytest tests/ndif $(NDIF_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -158,24 +158,33 @@ def test_the_line_is_cut(once):
             mk.patch(_sent_to(host), task, "heads", progress=False)
 
 
-def test_the_worker_is_killed(once):
+def test_the_worker_is_killed(once, tmp_path):
     far, _ = tiny("llama")
-    far.run(elsewhere.TASK().clean)
-    failed: list[BaseException] = []
+    begun, failed = tmp_path / "begun", []
+    place = str(begun)
+
+    def slow(logits: torch.Tensor, task: mk.Task) -> torch.Tensor:
+        import pathlib
+        import time
+
+        pathlib.Path(place).touch()  # the server is this machine
+        time.sleep(1.0)
+        return logits[:, 0] - logits[:, 1]
 
     def work() -> None:
         try:
-            task = elsewhere.TASK().with_metric(lambda logits, task: _slow(logits, task))
-            mk.patch(far, task, "heads", progress=False)
+            mk.patch(far, elsewhere.TASK().with_metric(slow), "heads", progress=False)
         except WorkerLostError as error:
             failed.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
-    time.sleep(2.0)
+    end = time.monotonic() + 120
+    while not begun.exists() and time.monotonic() < end:
+        time.sleep(0.1)
     for pid in workers():
         os.kill(pid, signal.SIGKILL)
-    thread.join(60)
+    thread.join(120)
     assert failed
     assert "ended" in str(failed[0])
 
