@@ -1,4 +1,4 @@
-"""What mechkit asks of the Hub's library (transformers): to be quiet, and to de-quantise GGUF files."""
+"""What mechkit asks of the Hub's library (transformers): quiet, attention step by step, GGUF files de-quantised."""
 
 from __future__ import annotations
 
@@ -23,6 +23,32 @@ def quiet_library(progress: bool = False) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def eager(hf: Any, before: str | None = None) -> Iterator[None]:
+    """While active, a module computes attention step by step, so that all of it is seen, and drops nothing out.
+
+    Args:
+        hf: a module of the Hub.
+        before: the way of computing attention that it has afterwards; None: the one that it has now.
+    """
+    afterwards: str = before or hf.config._attn_implementation
+    training = hf.training
+    try:
+        _set_attention(hf, "eager")
+        hf.eval()
+        yield
+    finally:
+        hf.train(training)
+        _set_attention(hf, afterwards)
+
+
+def _set_attention(hf: Any, attention: str) -> None:
+    with quiet_library():
+        hf.set_attn_implementation(attention)
+    if hf.config._attn_implementation != attention:  # Falcon refuses, and then looks there all the same
+        hf.config._attn_implementation = attention
 
 
 def dequantise(gguf: Path, into: Path) -> None:

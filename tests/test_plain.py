@@ -11,9 +11,10 @@ from families import FAMILIES, plain, tiny, tiny_task
 
 import mechkit as mk
 from mechkit.backends.anatomy import anatomy
-from mechkit.backends.plain import eager, plain_backend
+from mechkit.backends.plain import plain_backend
 from mechkit.circuits.keep import EdgeKeeper, Keeper
 from mechkit.errors import UnsupportedError
+from mechkit.library import eager
 from mechkit.model import Model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -19,9 +19,10 @@ from tokenizers.processors import TemplateProcessing
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.decomposition.hub_pass import eager, hub_pass
+from mechkit.decomposition.hub_pass import hub_pass
 from mechkit.decomposition.split import Rules, Split
 from mechkit.decomposition.tokens import TokenScores, token_scores
+from mechkit.library import eager
 
 TEXT = "not a very <b>good</b> film though"
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *TEXT.split(), "bad", "it", "was", "NA"]

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedError, first_line
 from ..library import quiet_library
 from .hooks import POINTS
+from .protocol import ModelInfo
 
 PARTS = ("ln1", "ln1_post", "ln2", "ln2_post", "mlp", "attn")
 _OF_ATTENTION = ("q", "k", "v", "o", "q_norm", "k_norm")
@@ -61,6 +62,18 @@ class Anatomy:
     points: Mapping[str, Place]
     modules: Mapping[str, str]
     cfg: Mapping[str, Any]
+
+    def info(self, name: str, family: str, device: str) -> ModelInfo:
+        """Dimensions of a model that is not here, and so of a precision that is not known here."""
+        cfg = dict(self.cfg)
+        return ModelInfo(
+            name=name,
+            family=family,
+            n_kv_heads=cfg["n_key_value_heads"] or cfg["n_heads"],
+            dtype="as served",
+            device=device,
+            **{key: cfg[key] for key in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx")},
+        )
 
 
 def anatomy(config: Any, name: str) -> Anatomy:

@@ -44,6 +44,15 @@ def changed(edits: Sequence[Edit], info: ModelInfo, window: Window) -> dict[Key,
     return steps
 
 
+def functions_of(edits: Sequence[Edit], info: ModelInfo, window: Window) -> dict[Key, Change]:
+    """One function for each tensor that edits have to see, by (kind, layer).
+
+    Raises:
+        SiteError: an address this model does not have.
+    """
+    return {key: in_order(changes, key[0]) for key, changes in changed(edits, info, window).items()}
+
+
 def in_order(changes: Sequence[Change], kind: str) -> Change:
     """One function of several; what one of them finds hidden stays hidden."""
 

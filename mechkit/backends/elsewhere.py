@@ -109,9 +109,9 @@ def ask(
     """Read an attribute of an instance, or call its method, where the model is; it is made there where need be."""
     import hashlib
 
-    import cloudpickle
+    from ..remote.parcel import packed
 
-    made = hashlib.sha256(cloudpickle.dumps((kind.__qualname__, made_with, made_so))).hexdigest()
+    made = hashlib.sha256(packed((kind.__qualname__, made_with, made_so))).hexdigest()
     kept: dict[str, Any] = vars(model).setdefault("_instances", {})  # they go with it
     if made not in kept:
         while len(kept) >= _MOST:

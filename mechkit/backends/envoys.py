@@ -25,12 +25,12 @@ from ..edits import Edit
 from ..errors import UnsupportedError
 from ..sites import Site
 from .anatomy import Anatomy, Place
-from .change import changed, in_order
+from .change import functions_of
 from .envoy_replay import EnvoyReplay, noted
 from .hooks import Function
 from .memory import in_batches
 from .plain import changed_at
-from .protocol import Forward, Keep, ModelInfo, Read
+from .protocol import Forward, Keep, Read
 from .readout import finished
 from .window import Change, Key, Window
 
@@ -51,20 +51,8 @@ class EnvoyBackend:
 
     def __init__(self, there: Any, parts: Anatomy, name: str, config: Any):
         self._there, self._parts, self._config = there, parts, config
-        cfg = parts.cfg
-        self.info = ModelInfo(
-            name=name,
-            family=(getattr(config, "architectures", None) or [type(config).__name__])[0],
-            n_layers=cfg["n_layers"],
-            n_heads=cfg["n_heads"],
-            n_kv_heads=cfg["n_key_value_heads"] or cfg["n_heads"],
-            d_model=cfg["d_model"],
-            d_head=cfg["d_head"],
-            d_vocab=cfg["d_vocab"],
-            n_ctx=cfg["n_ctx"],
-            dtype="as served",
-            device="cpu",
-        )
+        family = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        self.info = parts.info(name, family, "cpu")
 
     @property
     def parallel(self) -> bool:
@@ -81,7 +69,7 @@ class EnvoyBackend:
     ) -> Forward:
         """One run; see ``Backend.forward``."""
         window = Window(torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths)
-        functions: dict[Key, Function] = dict(self._functions(edits, window))
+        functions: dict[Key, Function] = dict(functions_of(edits, self.info, window))
         store: dict[Key, Tensor] = {}
         for site in record:
             if site.kind == "result":
@@ -103,7 +91,7 @@ class EnvoyBackend:
         out, done = tokens, torch.zeros(len(tokens), dtype=torch.bool)
         for _ in range(options["max_new_tokens"]):
             last = torch.full((len(out),), out.shape[1])
-            functions = self._functions(edits, Window(last, growing=True))
+            functions = functions_of(edits, self.info, Window(last, growing=True))
             new = self.run(out, functions, Read(last - 1)).argmax(-1)
             new = torch.where(done, torch.tensor(options["pad_token_id"]), new)
             out, done = torch.cat([out, new[:, None]], 1), done | torch.isin(new, ends)
@@ -161,10 +149,6 @@ class EnvoyBackend:
         # What passes by is where the model is; what it is compared with is here.
         logits = finished(found[0].float().cpu(), self._config)
         return logits if read is None or read.columns is None else logits.gather(1, read.columns)
-
-    def _functions(self, edits: Sequence[Edit], window: Window) -> dict[Key, Function]:
-        steps = changed(edits, self.info, window)
-        return {key: in_order(changes, key[0]) for key, changes in steps.items()}
 
     def _steps(self, functions: Mapping[Key, Function], shape: torch.Size) -> list[tuple[str, str, list[Change]]]:
         """Modules and their sides in the order in which they pass by, and what is done there."""

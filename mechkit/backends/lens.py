@@ -23,7 +23,7 @@ from ..errors import CapacityError, EditError, MechkitError, UnsupportedError, f
 from ..sites import Site
 from .branches import Branches
 from .cached import cache_is_exact
-from .change import changed, in_order
+from .change import functions_of
 from .hooks import Function, Hooks
 from .keep_edges import LensEdgeRuns, written_keys
 from .keep_only import keep_only
@@ -133,7 +133,7 @@ class LensBackend:
         """
         tokens = tokens.to(self.info.device)
         window = Window(torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths)
-        functions: dict[Key, Function] = dict(self._functions(edits, window))
+        functions: dict[Key, Function] = dict(functions_of(edits, self.info, window))
         edited = set(functions)
         store: dict[Key, Tensor] = {}
         keys = [_key(self.info.check(site)) for site in record if site.kind != "logits"]
@@ -156,7 +156,7 @@ class LensBackend:
 
         tokens = tokens.to(self.info.device)
         window = Window(torch.full((len(tokens),), tokens.shape[1]), growing=True)
-        functions = self._functions(edits, window)
+        functions = functions_of(edits, self.info, window)
         cached = all(edit.grows for edit in edits) and self._cache_is_exact()
         # The Hub's default cache drops what a sliding window hides; patterns then have fewer keys than positions.
         cache = {"past_key_values": DynamicCache()} if cached else {"use_cache": False}
@@ -246,10 +246,6 @@ class LensBackend:
         if self._exact_cache is None:
             self._exact_cache = cache_is_exact(self.hf, self.info)
         return self._exact_cache
-
-    def _functions(self, edits: Sequence[Edit], window: Window) -> dict[Key, Function]:
-        steps = changed(edits, self.info, window)
-        return {key: in_order(changes, key[0]) for key, changes in steps.items()}
 
     def _check_fired(self, edited: set[Key], fired: set[Key]) -> None:
         if silent := edited - fired:

@@ -11,8 +11,9 @@ bridge's blocks, norms and weights under the names that the engine uses, and sit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +22,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
-from ..library import quiet_library
 from .anatomy import PARTS, Anatomy, Place
 from .hooks import Hooks
 from .lens import LensBackend
 
 
 def plain_backend(hf: Any, parts: Anatomy, name: str) -> LensBackend:
-    """The engine on a Hub model, inside ``eager``.
+    """The engine on a Hub model, inside ``library.eager``.
 
     Args:
         hf: a causal language model; it is left as it is.
@@ -40,25 +40,6 @@ def plain_backend(hf: Any, parts: Anatomy, name: str) -> LensBackend:
     """
     hf.eval()
     return LensBackend(PlainBridge(hf, parts), name, PlainHooks)
-
-
-@contextmanager
-def eager(hf: Any) -> Iterator[None]:
-    """While active, a model computes attention step by step, so that patterns can be seen."""
-    # The first one that was ever seen: a request that was cut off may not have put it back yet.
-    before = vars(hf).setdefault("_mechkit_attention", hf.config._attn_implementation)
-    try:
-        _set(hf, "eager")
-        yield
-    finally:
-        _set(hf, before)
-
-
-def _set(hf: Any, attention: str) -> None:
-    with quiet_library():
-        hf.set_attn_implementation(attention)
-    if hf.config._attn_implementation != attention:  # Falcon refuses, and then looks there all the same
-        hf.config._attn_implementation = attention
 
 
 class PlainBridge:
@@ -231,16 +212,25 @@ def _of(tensor: Tensor, numbers: tuple[int, ...] | None, axis: int) -> Tensor:
         return tensor
     if numbers[-1] - numbers[0] == len(numbers) - 1:
         return tensor.narrow(axis, numbers[0], len(numbers))
-    return tensor.index_select(axis, torch.tensor(numbers, device=tensor.device))
+    return tensor.index_select(axis, _indices(numbers, tensor.shape[axis], tensor.device)[0])
 
 
 def _put(whole: Tensor, numbers: tuple[int, ...], new: Tensor) -> Tensor:
     """A tensor with some numbers of its last axis replaced, made of parts so that autograd and CD-T follow."""
-    these = set(numbers)
-    rest = [number for number in range(whole.shape[-1]) if number not in these]
-    order = torch.tensor([*rest, *numbers], device=whole.device).argsort()
-    kept = whole.index_select(-1, torch.tensor(rest, device=whole.device))
-    return torch.cat([kept, new], -1).index_select(-1, order)
+    _, rest, order = _indices(numbers, whole.shape[-1], whole.device)
+    return torch.cat([whole.index_select(-1, rest), new], -1).index_select(-1, order)
+
+
+@lru_cache(maxsize=64)  # at every call of every layer, the same few
+def _indices(numbers: tuple[int, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Some numbers of an axis, the others, and where each number is when the others come first."""
+    with torch.inference_mode(False):  # a backward pass may want them
+        these = torch.tensor(numbers)
+        others = torch.ones(width, dtype=torch.bool)
+        others[these] = False
+        rest = others.nonzero()[:, 0]
+        order = torch.cat([rest, these]).argsort()
+        return these.to(device), rest.to(device), order.to(device)
 
 
 def _noting(shape: list[torch.Size]) -> Callable[..., None]:

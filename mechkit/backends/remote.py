@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import MechkitWarning, StorageError, UnsupportedError
 from .anatomy import Anatomy
 from .elsewhere import where_the_model_is
-from .protocol import Forward, ModelInfo, Read
+from .protocol import Forward, Read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,20 +46,7 @@ class RemoteBackend:
     def __init__(self, line: Line, parts: Anatomy, family: str, source: Mapping[str, Any], config: Mapping[str, Any]):
         self.line, self.parts, self._source, self._config = line, parts, source, config
         self.model: Model | None = None  # the one that has this backend
-        cfg = parts.cfg
-        self.info = ModelInfo(
-            name=line.name,
-            family=family,
-            n_layers=cfg["n_layers"],
-            n_heads=cfg["n_heads"],
-            n_kv_heads=cfg["n_key_value_heads"] or cfg["n_heads"],
-            d_model=cfg["d_model"],
-            d_head=cfg["d_head"],
-            d_vocab=cfg["d_vocab"],
-            n_ctx=cfg["n_ctx"],
-            dtype="as served",
-            device=line.host,
-        )
+        self.info = parts.info(line.name, family, line.host)
 
     # -- calls ------------------------------------------------------------------------------------------------
 
@@ -77,8 +64,8 @@ class RemoteBackend:
         from ..remote.faults import told
         from ..remote.parcel import address, sendable, unpacked
 
-        known = inspect.signature(function).parameters
-        bound = inspect.signature(function).bind(*args, **options)
+        signature = inspect.signature(function)
+        known, bound = signature.parameters, signature.bind(*args, **options)
         keeps = "checkpoint" in known and not self.line.local  # here, it is this machine's file as it is
         place = bound.arguments.pop("checkpoint", None) if keeps else None
         show = bool(bound.arguments.get("progress", known["progress"].default if "progress" in known else True))
@@ -107,15 +94,15 @@ class RemoteBackend:
         taking = errand.get()
         limit = None if taking is not None else _SECONDS[keeps]
         request = Request(
-            function,
-            given,
-            self.info.name,
-            self._source,
-            self.parts,
-            state,
-            limit,
-            keeps,
-            self.line.local,
+            function=function,
+            given=given,
+            name=self.info.name,
+            source=self._source,
+            parts=self.parts,
+            checkpoint=state,
+            seconds=limit,
+            keeps=keeps,
+            here=self.line.local,
             config=self._config,
         )
         answer = self._read(self.sent(request, show) if taking is None else taking.sent(self, request))
@@ -185,7 +172,7 @@ class RemoteBackend:
         )
 
 
-errand: ContextVar[Any] = ContextVar("mechkiterrand", default=None)
+errand: ContextVar[Any] = ContextVar("mechkit_errand", default=None)
 """What takes requests in place of the line: see ``mechkit.remote.jobs``."""
 
 

@@ -21,9 +21,10 @@ from ..backends.lens import local_backend
 from ..backends.memory import OutputBytes, rows_at_once
 from ..backends.protocol import Read
 from ..errors import OptionError, PromptError, UnsupportedError
+from ..library import eager
 from ..sites import site
 from ..tasks.text import single_token
-from .hub_pass import eager, hub_pass
+from .hub_pass import hub_pass
 from .split import Rules, Split
 from .split_pass import Source, split_pass
 from .token_spans import Pieces, pieces

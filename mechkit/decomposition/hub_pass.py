@@ -11,8 +11,8 @@ Hsu et al. 2024 (arXiv 2407.00886), section 3, and appendix on BERT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,22 +26,9 @@ from .rules import stabilised
 from .split import Rules, Split
 
 
-@contextmanager
-def eager(hf: Any) -> Iterator[None]:
-    """While active, a module computes attention step by step, and drops nothing out."""
-    attention, training = hf.config._attn_implementation, hf.training
-    hf.set_attn_implementation("eager")
-    hf.eval()
-    try:
-        yield
-    finally:
-        hf.train(training)
-        hf.set_attn_implementation(attention)
-
-
 @torch.inference_mode()
 def hub_pass(hf: Any, inputs: Mapping[str, Tensor], where: Tensor, rules: Rules) -> Split:
-    """Run a module, inside ``eager``.
+    """Run a module, inside ``library.eager``.
 
     Args:
         hf: a classifier or masked language model of the Hub.

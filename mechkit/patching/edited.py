@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..backends.change import changed, in_order
+from ..backends.change import functions_of
 from ..backends.lens import local_backend
 from ..backends.protocol import Read
 from ..backends.window import Window
@@ -75,8 +75,7 @@ class EditedRuns:
         found = []
         for some, base in self._groups:
             lengths = self._task.lengths[some]
-            steps = changed(edits, self._backend.info, Window(lengths))
-            functions = {key: in_order(changes, key[0]) for key, changes in steps.items()}
+            functions = functions_of(edits, self._backend.info, Window(lengths))
             found.append(base.vary(first, torch.arange(len(some)), functions, self._read(some)))
         return self._metric(found)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ..errors import (
     ConnectionCutError,
@@ -86,23 +85,23 @@ def by_text(text: str, host: str, name: str) -> RemoteError:
     if "api key" in low or "http 401" in low or "http 403" in low:
         return RefusedError.saying(
             text,
-            f"{host} does not take the key: {first_line(RuntimeError(text))}",
+            f"{host} does not take the key: {_first(text)}",
             expected="a key in NDIF_API_KEY, or in nnsight's configuration",
             fix=f"Get one at {_PUBLIC}" if "ndif.us" in host else "Ask whoever runs it for one",
         )
     if "client nnsight version" in low or "client python version" in low or "malformed" in low:
-        return VersionError.saying(text, f"{host} does not take these versions: {first_line(RuntimeError(text))}")
+        return VersionError.saying(text, f"{host} does not take these versions: {_first(text)}")
     if "could not deploy" in low or "error provisioning model" in low or "error starting model" in low:
         return NoSuchModelError.saying(
             text,
-            f"{host} cannot bring up {name}: {first_line(RuntimeError(text))}",
+            f"{host} cannot bring up {name}: {_first(text)}",
             fix="mk.remote.status() shows which models it has",
         )
     if "architecture on this server" in low or "payload could not be read" in low:
         kind = VersionError if "architecture" in low or "modulenotfound" in low else ParcelError
         return kind.saying(
             text,
-            f"{host} cannot read the request: {first_line(RuntimeError(text))}",
+            f"{host} cannot read the request: {_first(text)}",
             fix="mk.remote.versions() compares what is installed here and there",
         )
     if "failed to send request" in low or "temporarily unavailable" in low:
@@ -110,13 +109,13 @@ def by_text(text: str, host: str, name: str) -> RemoteError:
     if "execution timeout" in low or "timed out" in low:
         return TooLongError.saying(
             text,
-            f"{host} ended the work on {name}: {first_line(RuntimeError(text))}",
+            f"{host} ended the work on {name}: {_first(text)}",
             fix="Fewer prompts or sites at a time; with checkpoint=path, work is sent in parts of a few seconds",
         )
     if any(one in low for one in ("submitting request to model deployment", "evicted")):
         return WorkerLostError.saying(
             text,
-            f"The process that held {name} on {host} ended: {first_line(RuntimeError(text))}",
+            f"The process that held {name} on {host} ended: {_first(text)}",
             fix="Send it again; with checkpoint=path it goes on from what was done",
         )
     return ServerError.saying(text, f"{host} raised an error on {name}: {_last(text)}\n\n{text.strip()}\n\n")
@@ -134,12 +133,15 @@ def fault(what: tuple[str, str, str], host: str, name: str) -> RemoteError:
 def _unreachable(text: str, host: str) -> RemoteError:
     return UnreachableError.saying(
         text,
-        f"{host} does not answer: {first_line(RuntimeError(text))}",
+        f"{host} does not answer: {_first(text)}",
         expected="a running NDIF",
         fix="Check the address and the network; mk.remote.status() asks it how it is",
     )
 
 
+def _first(text: str) -> str:
+    return (text.strip() or "it said nothing").splitlines()[0]
+
+
 def _last(text: str) -> str:
-    lines: list[Any] = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
+    return (text.strip() or "it said nothing").splitlines()[-1].strip()

@@ -40,7 +40,7 @@ def load_remote(source: Any, remote: bool | str, dtype: str, revision: str | Non
     where = str(local_folder(PACKAGED[text])) if text in PACKAGED else text
     where = str(Path(where).expanduser().resolve()) if _is_folder(where) else where
     config, tokenizer = _described(where, revision)
-    there, key = _there(where, tokenizer, revision, config, dtype if host is None else None)
+    there, key = _there(where, tokenizer, revision, dtype if host is None else None)
     found = {"kind": "remote", "host": host or "local", "model": text, "revision": revision or "main"}
     family = type(there._module).__name__
     read = read_of(config, _generation(where, revision))
@@ -97,7 +97,7 @@ def _generation(where: str, revision: str | None) -> Any:
         return None  # it has none of its own
 
 
-def _there(where: str, tokenizer: Any, revision: str | None, config: Any, dtype: str | None) -> tuple[Any, str]:
+def _there(where: str, tokenizer: Any, revision: str | None, dtype: str | None) -> tuple[Any, str]:
     """nnsight's model and the service's name of it; with weights where a ``dtype`` is given."""
     import nnsight
     import torch

@@ -12,6 +12,7 @@ from ..errors import MechkitError, UnreachableError
 from .faults import told
 
 _STATES = {"RUNNING": "running", "DEPLOYING": "deploying", "NOT_STARTED": "deploying", "UNHEALTHY": "failing"}
+_ORDER = ["running", "deploying", "cold", "failing", "unknown"]  # the best of several replicas counts
 _MATTERS = {
     "nnsight": "requests are nnsight's; another minor version may not be read",
     "transformers": "the names of a model's modules, and how it computes, are its; numbers may differ",
@@ -51,9 +52,6 @@ def status(where: bool | str | Any = True, model: str | None = None) -> pd.DataF
         found = {row["model"]: row for row in rows} or {model: {"model": model, "state": "unknown", "replicas": 0}}
     columns = ["model", "state", "replicas", "revision", "dtype"]
     return pd.DataFrame(list(found.values()), columns=columns).sort_values("model", ignore_index=True)
-
-
-_ORDER = ["running", "deploying", "cold", "failing", "unknown"]
 
 
 def versions(where: bool | str | Any = True) -> pd.DataFrame:

@@ -28,8 +28,9 @@ import torch
 
 from ..backends.anatomy import Anatomy
 from ..backends.envoys import EnvoyBackend
-from ..backends.plain import eager, plain_backend
+from ..backends.plain import plain_backend
 from ..errors import MechkitError, MechkitWarning, StorageError
+from ..library import eager
 from ..model import Model
 from ..progress import Listener, listened_to
 from .parcel import packed, unpacked
@@ -107,7 +108,7 @@ def answered(there: Any, body: bytes) -> bytes:
         # Whatever precision the service lets code compute in, the engine chooses its own.
         device = "cpu" if apart else str(getattr(hf, "device", "cpu")).split(":")[0]
         precise: Any = torch.autocast("cuda" if torch.cuda.is_available() else device, enabled=False)
-        stepwise: Any = nullcontext() if apart else eager(hf)
+        stepwise: Any = nullcontext() if apart else eager(hf, _attention(hf))
         with precise, stepwise, warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", MechkitWarning)
             model = _apart(there, request) if apart else _model(hf, there, request)
@@ -120,6 +121,11 @@ def answered(there: Any, body: bytes) -> bytes:
         if any(one in str(error) for one in _BROKEN):
             raise  # the service then starts the process anew
         return packed(Answer(fault=(type(error).__name__, str(error), traceback.format_exc()), errand=errand))
+
+
+def _attention(hf: Any) -> str:
+    """The service's own way of computing attention: a request that was cut off may not have put it back yet."""
+    return vars(hf).setdefault("_mechkit_attention", hf.config._attn_implementation)
 
 
 def _done(request: Request, model: Model) -> Answer:
