@@ -146,3 +146,23 @@ def test_no_model_is_sent(models):
     assert parcel.unpacked(content, far)["model"] is far
     with pytest.raises(pickle.UnpicklingError):
         pickle.loads(content)
+
+
+def test_one_line_says_how_far_it_is(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from mechkit.remote import line
+
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(line.time, "monotonic", lambda: float(next(clock)))
+    with line._Display("http://host", "some-model", True, 100.0) as display:
+        for status, text in (("QUEUED", "first"), ("LOG", "mechkit:progress 3 12 patching"), ("LOG", "from a metric")):
+            display.update(SimpleNamespace(status=SimpleNamespace(value=status), description=text))
+        assert (display._bar.n, display._bar.total) == (3, 12)
+    shown = capsys.readouterr()
+    assert "queued: first" in shown.err
+    assert "running: patching 3 of 12" in shown.err
+    assert "from a metric" in shown.out
+    monkeypatch.setattr(line.time, "monotonic", lambda: 2000.0)
+    with pytest.raises(mk.errors.TooLongError, match=r"Nothing was heard of some-model on http://host for 100 s"):
+        display.refresh()

@@ -161,9 +161,10 @@ class _Display:
     def __init__(self, host: str, name: str, show: bool, patience: float):
         self.enabled = True  # nnsight then also says when nothing came
         self._what, self._show, self._patience = f"{name} on {host}", show, patience
+        self._called = name.replace("-", "\N{NON-BREAKING HYPHEN}")  # or a notebook breaks the line there
         self._begun = self._heard = time.monotonic()
         self._bar: Any = None
-        self._text, self._shown = "sending", 0.0
+        self._text, self._shown, self._share = "sending", 0.0, (0, 1)
 
     def __enter__(self) -> _Display:
         return self
@@ -180,7 +181,7 @@ class _Display:
             self._text = f"{response.status.value.lower()}: {text}" if text else response.status.value.lower()
         elif text.startswith(PROGRESS):
             _, done, total, what = text.split(" ", 3)
-            self._text = f"running: {what} {done} of {total}"
+            self._text, self._share = f"running: {what} {done} of {total}", (int(done), int(total))
         elif text.strip():
             tqdm.write(text)
         self.refresh()
@@ -200,6 +201,10 @@ class _Display:
         if not self._show or now - self._begun < _MOMENT or now - self._shown < _BETWEEN:
             return
         self._shown = now
+        done, total = self._share
         if self._bar is None:
-            self._bar = tqdm(bar_format="{desc}", leave=False)
-        self._bar.set_description_str(f"{self._what}: {self._text} ({now - self._begun:.0f} s)")
+            self._bar = tqdm(total=total, bar_format="{desc} |{bar}|", leave=False)
+        if self._bar.total != total:
+            self._bar.reset(total)
+        self._bar.n = done
+        self._bar.set_description_str(f"{self._called}: {self._text} ({now - self._begun:.0f} s)")
