@@ -120,6 +120,9 @@ def test_patching_is_the_same(initialised, monkeypatch, family):
 
 
 def test_patching_paths_is_the_same(initialised, monkeypatch):
+    tiny("llama").hf(
+        torch.tensor([[1, 2]]), output_hidden_states=True
+    )  # leaves hooks on its modules that refer to a ContextVar
     both(monkeypatch, mk.path_patch, tiny("llama"), tiny_task(n=6), ["2.1.q", "2.kv0.v"])
 
 

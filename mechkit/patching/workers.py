@@ -17,6 +17,7 @@ import pickle
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,9 +115,14 @@ def _sent(model: Model) -> tuple[str, Any]:
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):
-        """Takes tensors off their device: a worker's may have another number."""
+        """Takes tensors off their device (a worker's may have another number), and values of this context for unset.
+
+        Once a model of the Hub was asked for `output_hidden_states`, it holds hooks that refer to a ContextVar.
+        """
 
         def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, ContextVar):
+                return _unset, (obj.name,)
             if type(obj) is Tensor and obj.device.type not in ("cpu", "meta"):
                 return obj.cpu().__reduce_ex__(self.proto)
             return super().reducer_override(obj)
@@ -131,6 +137,10 @@ def _sent(model: Model) -> tuple[str, Any]:
             fix="Save it with save_pretrained where the workers see it, and load it from that folder",
         ) from error
     return "pickled", (file.getvalue(), info.device.split(":")[0])
+
+
+def _unset(name: str) -> ContextVar[None]:
+    return ContextVar(name, default=None)
 
 
 def _received(source: tuple[str, Any]) -> Model:
