@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .edits import Ablate, Edit, PatchIn, at_masks
+from .edits import Ablate, Edit, at_masks, moved
 from .errors import EditError, MechkitWarning
 from .references import with_values
 
@@ -47,13 +46,7 @@ def _of_groups(model: Model, edit: Edit) -> Edit:
         MechkitWarning,
         stacklevel=5,
     )
-    edit = replace(edit, sites=tuple(own.values()))
-    if not isinstance(edit, PatchIn):
-        return edit
-    values = {own[site]: value for site, value in edit.values.items()}
-    if any(values[own[site]] is not value for site, value in edit.values.items()):
-        raise EditError("Several values for heads that share one key or value", expected="one value a group")
-    return replace(edit, values=values)
+    return moved(edit, own)
 
 
 def _span_mask(task: Task | None, name: str) -> Tensor:

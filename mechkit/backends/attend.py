@@ -1,10 +1,11 @@
-"""Carry out edits of attention: biases, masks, set patterns, sharpening, mixing with a target.
+"""Carry out edits of attention: biases, masks, set patterns, sharpening, mixing with a target, redistribution.
 
-1. Everything that the softmax is to see is done to the scores: bias, mask, sharpen.
+1. Everything that the softmax is to see is done to the scores: bias, median, mask, sharpen.
 2. Everything else is done to the pattern. What a query can see is taken from the scores of the same call, never from
    the pattern, in which a key that is visible may have got nothing.
 3. Weights and keys are positions of the prompt; the pattern's keys end at the last position computed, so that the
    first of them is found from there.
+4. A median is over all the queries of a prompt; while text is made, it is taken anew for every token.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import Ablate, Attend
+from ..edits import Ablate, Attend, Redistribute, of_site
 from ..errors import EditError
 from ..sites import Site
-from .window import Change, Window, fitted, part_of, visible
+from .window import Change, Window, fitted, marked, taken, visible
 
 
 def attended(edit: Attend | Ablate, sites: list[Site], window: Window) -> dict[str, Change]:
@@ -29,11 +30,13 @@ def attended(edit: Attend | Ablate, sites: list[Site], window: Window) -> dict[s
 
     def scores(tensor: Tensor) -> Tensor:
         for site in sites:
-            old = tensor[:, site.head]
+            old = taken(tensor, (slice(None), site.head))
             seeing = visible(old)
             new = old
             if how == "bias":
-                new = old + fitted(value, old, site) * _keys(edit, window, old, site)
+                new = old + fitted(of_site(value, site), old, site) * _keys(edit, window, old, site)
+            elif how == "median":
+                new = old + float(value) * _median(old, seeing, window) * _keys(edit, window, old, site)
             elif how == "sharpen":
                 new = old * float(value)
             elif how == "mask":
@@ -46,7 +49,7 @@ def attended(edit: Attend | Ablate, sites: list[Site], window: Window) -> dict[s
 
     def pattern(tensor: Tensor) -> Tensor:
         for site in sites:
-            old, seeing = tensor[:, site.head], seen[site]
+            old, seeing = taken(tensor, (slice(None), site.head)), seen[site]
             if how == "mask":  # the softmax of a row with nothing left to see is not empty
                 new = torch.where(seeing.any(-1, keepdim=True), old, 0)
             elif how == "toward":
@@ -56,9 +59,39 @@ def attended(edit: Attend | Ablate, sites: list[Site], window: Window) -> dict[s
             tensor[:, site.head] = torch.where(_queries(edit, window, old, site), new, old)
         return tensor
 
-    if how in ("bias", "sharpen"):
+    if how in ("bias", "sharpen", "median"):
         return {"scores": scores}
     return {"scores": scores, "pattern": pattern}
+
+
+def redistributed(edit: Redistribute, sites: list[Site], window: Window) -> dict[str, Change]:
+    """Functions by kind (``pattern``) that carry out a redistribution in one layer."""
+
+    def pattern(tensor: Tensor) -> Tensor:
+        for site in sites:
+            old = taken(tensor, (slice(None), site.head))
+            wide = old.to(torch.promote_types(old.dtype, torch.float32))
+            to = _key_mask(edit.to, window, old, site)
+            losing = ~to if edit.keys is None else _key_mask(edit.keys, window, old, site)
+            looked = (wide * to).sum(-1, keepdim=True)
+            lost = (wide * (to & losing)).sum(-1, keepdim=True)
+            has = (wide * (to & ~losing)).sum(-1, keepdim=True)
+            freed = (1 - edit.keep) * (wide * losing).sum(-1, keepdim=True)
+            gain = freed / has.clamp(min=torch.finfo(wide.dtype).tiny)
+            new = wide + wide * (to & ~losing) * gain - (1 - edit.keep) * wide * losing
+            meant = _queries(edit, window, old, site) & (has > 0)
+            meant = meant & (looked >= edit.least) & (lost <= edit.most * looked)
+            tensor[:, site.head] = torch.where(meant, new.to(old.dtype), old)
+        return tensor
+
+    return {"pattern": pattern}
+
+
+def _median(scores: Tensor, seeing: Tensor, window: Window) -> Tensor:
+    """The median of what a head's queries see of a prompt ``[batch, 1, 1]``, padding not counted."""
+    queries = torch.arange(scores.shape[1], device=scores.device) + window.first
+    own = seeing & (queries < window.lengths.to(scores.device)[:, None])[..., None]
+    return scores.masked_fill(~own, float("nan")).flatten(1).nanmedian(-1).values[:, None, None]
 
 
 def _target(name: str, seeing: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
@@ -68,7 +101,11 @@ def _target(name: str, seeing: Tensor, window: Window, dtype: torch.dtype) -> Te
         return torch.nn.functional.one_hot(seeing.int().argmax(-1), seeing.shape[-1]).to(dtype)
     queries = torch.arange(seeing.shape[1], device=seeing.device) + window.first
     keys = torch.arange(seeing.shape[2], device=seeing.device) + _first_key(window, seeing)
-    return (queries[:, None] == keys[None]).to(dtype)[None]
+    itself = (queries[:, None] == keys[None])[None]
+    if name == "identity":
+        return itself.to(dtype)
+    before = (queries[:, None] - 1 == keys[None]) & seeing
+    return torch.where(before.any(-1, keepdim=True), before, itself).to(dtype)
 
 
 def _set(value: Any, old: Tensor, seeing: Tensor, window: Window, site: Site) -> Tensor:
@@ -86,31 +123,20 @@ def _set(value: Any, old: Tensor, seeing: Tensor, window: Window, site: Site) ->
 
 
 def _keys(edit: Attend | Ablate, window: Window, old: Tensor, site: Site) -> Tensor:
-    return _key_mask(edit.keys if isinstance(edit, Attend) else None, window, old, site)
+    if not isinstance(edit, Attend):
+        return _key_mask(None, window, old, site)
+    keys = _key_mask(edit.keys, window, old, site)
+    return ~keys if edit.outside else keys
 
 
 def _key_mask(keys: Sequence[int] | Tensor | str | None, window: Window, old: Tensor, site: Site) -> Tensor:
     """Which keys are meant ``[batch, 1, key]``."""
-    first, width = _first_key(window, old), old.shape[2]
-    return _mask(keys, window, first, width, old, site)[:, None]
+    return marked(keys, window, _first_key(window, old), old.shape[2], old, site)[:, None]
 
 
-def _queries(edit: Attend | Ablate, window: Window, old: Tensor, site: Site) -> Tensor:
+def _queries(edit: Attend | Ablate | Redistribute, window: Window, old: Tensor, site: Site) -> Tensor:
     """Which queries are meant ``[batch, query, 1]``."""
-    return _mask(edit.positions, window, window.first, old.shape[1], old, site)[..., None]
-
-
-def _mask(
-    wanted: Sequence[int] | Tensor | str | None, window: Window, first: int, width: int, old: Tensor, site: Site
-) -> Tensor:
-    if wanted is None:
-        return torch.ones(len(old), width, dtype=torch.bool, device=old.device)
-    if isinstance(wanted, Tensor):
-        return part_of(wanted, first, width).to(old.device)
-    mask = torch.zeros(len(old), width, dtype=torch.bool, device=old.device)
-    numbers = [key for key in wanted if isinstance(key, int)]  # names of spans have become masks
-    at, _ = Window(window.lengths, first, window.growing).rows(numbers, width, f'"{site}"')
-    return mask.scatter(1, at.to(old.device), True)
+    return marked(edit.positions, window, window.first, old.shape[1], old, site)[..., None]
 
 
 def _first_key(window: Window, old: Tensor) -> int:

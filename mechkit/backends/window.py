@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,6 +60,34 @@ def part_of(mask: Tensor, first: int, width: int) -> Tensor:
     return torch.nn.functional.pad(part, (0, width - part.shape[1]))
 
 
+def marked(
+    wanted: Sequence[int] | Tensor | str | None, window: Window, first: int, width: int, like: Tensor, site: Site
+) -> Tensor:
+    """Which of ``width`` positions from ``first`` on are meant ``[batch, width]``, boolean.
+
+    Args:
+        wanted: numbers, or a mask over the prompt's positions; None for all. Spans have become masks.
+        window: of the call.
+        first, width: of the positions that ``like`` has.
+        like: a tensor of the call, for its batch and its device.
+        site: what it is for, for messages.
+    """
+    if wanted is None:
+        return torch.ones(len(like), width, dtype=torch.bool, device=like.device)
+    if isinstance(wanted, Tensor):
+        return part_of(wanted, first, width).to(like.device)
+    mask = torch.zeros(len(like), width, dtype=torch.bool, device=like.device)
+    numbers = [key for key in wanted if isinstance(key, int)]
+    at, _ = Window(window.lengths, first, window.growing).rows(numbers, width, f'"{site}"')
+    return mask.scatter(1, at.to(like.device), True)
+
+
+def taken(tensor: Tensor, index: Any) -> Tensor:
+    """A part of a tensor that is about to be written over, by itself where autograd may want it again."""
+    part = tensor[index]
+    return part.clone() if torch.is_grad_enabled() else part
+
+
 def visible(scores: Tensor) -> Tensor:
     """Which scores are not the mask's: ``[batch, heads, query, key]``, boolean."""
     return scores > torch.finfo(scores.dtype).min / 2
@@ -75,6 +103,8 @@ def fitted(values: object, old: Tensor, site: Site, growing: bool = False) -> Te
         values = torch.as_tensor(values).to(old)
     except (TypeError, ValueError, RuntimeError):
         raise EditError(f'A value of type {type(values).__name__} for "{site}"', expected="a tensor") from None
+    if values.is_inference() and torch.is_grad_enabled():
+        values = values.clone()  # autograd keeps nothing that a run without gradients recorded
     try:
         return values.expand_as(old)
     except RuntimeError:
