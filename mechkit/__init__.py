@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .edits import ablate, attend, patch_in, scale, steer, transform
     from .errors import MechkitError, MechkitWarning
     from .graph import Edge, Graph, edge
+    from .heads.score import score
     from .model import Model
     from .patching.activation import patch
     from .patching.edges import edges
@@ -79,6 +80,7 @@ _HOMES = {
     "edges": "patching.edges",
     "path_patch": "patching.path",
     "Scores": "results",
+    "score": "heads.score",
     "HeadSet": "sites",
     "Site": "sites",
     "heads": "sites",
@@ -157,6 +159,7 @@ __all__ = [
     "planted",
     "remote",
     "scale",
+    "score",
     "site",
     "steer",
     "svd",

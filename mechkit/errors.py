@@ -48,6 +48,10 @@ class EditError(MechkitError, ValueError):
     """An edit that cannot be made, or that touched nothing."""
 
 
+class RankingError(MechkitError, ValueError):
+    """A ranking that the scores do not give: of ties, or of too few measurements."""
+
+
 class OptionError(MechkitError, ValueError):
     """An argument outside its range."""
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 
-from .errors import OptionError, StorageError
+from .errors import OptionError, RankingError, StorageError
 from .sites import HeadSet, Site, site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
 
+    from .heads.agreement import Agreement
     from .view.scores_view import ScoresView
     from .view.widget import LiveView
 
@@ -46,7 +47,9 @@ class Table:
 
         Raises:
             OptionError: ``by`` is none of the three.
+            RankingError: too little was measured to rank anything.
         """
+        self._check_ranked()
         keys = {"size": self.frame.score.abs(), "positive": self.frame.score, "negative": -self.frame.score}
         if by not in keys:
             raise OptionError(f"by = {by!r}", expected="one of " + ", ".join(keys))
@@ -110,10 +113,21 @@ class Table:
 
     def __repr__(self) -> str:
         head = f"{type(self).__name__} of {len(self)} {self._things}, in {self.unit} ({self.meta.get('method', '')})"
+        if why := self.meta.get("unranked"):
+            return f"{head}, not ranked: {why}"
         return head + "\n" + self.top(10).to_string(index=False)
 
     def _repr_html_(self) -> str:
+        if why := self.meta.get("unranked"):
+            return as_html(self.frame.head(10), f"The first of {len(self)} scores, in {self.unit}, not ranked: {why}")
         return as_html(self.top(10), f"The largest of {len(self)} scores, in {self.unit}")
+
+    def _check_ranked(self) -> None:
+        if why := self.meta.get("unranked"):
+            raise RankingError(
+                f"A ranking of the scores of {self.meta.get('method', 'this table')}: {why}",
+                fix="Measure on more prompts, or on ones that the model can do; the numbers are in .frame",
+            )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,15 +145,49 @@ class Scores(Table):
     _things: ClassVar[str] = "sites"
 
     def heads(self, k: int = 10) -> HeadSet:
-        """The k heads with the largest scores in size, as a set."""
-        rows = self.frame[self.frame.kind == "z"].copy()
-        order = rows.score.abs().sort_values(ascending=False, kind="stable").index
-        return HeadSet(list(dict.fromkeys(rows.loc[order].site))[:k], self.meta.get("n_heads"))
+        """The k heads with the largest scores in size, as a set.
+
+        Raises:
+            RankingError: the k-th is not larger than the next, or too little was measured to rank anything.
+        """
+        rows = self.frame[self.frame.kind == "z"]
+        size = rows.set_index("site").score.abs().groupby(level=0, sort=False).max()
+        size = size.sort_values(ascending=False, kind="stable")
+        self._check_ranked()
+        if 0 < k < len(size) and not size.iloc[k - 1] > size.iloc[k]:
+            last = size.iloc[k - 1]
+            alike = int((size == last).sum())
+            raise RankingError(
+                f"The {k} heads with the largest scores: "
+                + (
+                    f"{alike} heads have the same score, {last:.4g}, among them the last"
+                    if alike
+                    else "not so many have"
+                ),
+                expected=f"at most {int((size > last).sum()) if alike else int(size.notna().sum())} heads",
+            )
+        return HeadSet(list(size.index[:k]), self.meta.get("n_heads"))
 
     def ranked(self) -> list[Site]:
-        """Every site, the largest score in size first."""
+        """Every site, the largest score in size first.
+
+        Raises:
+            RankingError: too little was measured to rank anything.
+        """
+        self._check_ranked()
         order = self.frame.score.abs().sort_values(ascending=False, kind="stable").index
         return [site(text) for text in dict.fromkeys(self.frame.loc[order].site)]
+
+    def compare(self, other: Scores, k: int = 10, seed: int = 0) -> Agreement:
+        """How far two scores of the same heads agree: rank correlation and how many of the top k they share.
+
+        Raises:
+            OptionError: fewer than three sites in common, or k outside their number.
+            RankingError: one of them ranks nothing.
+        """
+        from .heads.agreement import agreement
+
+        return agreement(self, other, k, seed)
 
     def grid(self, kind: str | None = None) -> np.ndarray:
         """Scores as an array; what was not scored is NaN.

@@ -27,7 +27,7 @@ from ..tasks.text import single_token
 from .hub_pass import hub_pass
 from .split import Rules, Split
 from .split_pass import Source, split_pass
-from .token_spans import Pieces, pieces
+from .token_spans import Pieces, pieces, pieces_of
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -59,13 +59,8 @@ class Asked:
 def of_decoder(model: Model, text: str, answer: Choice, against: Choice, rules: Rules) -> Asked:
     """A model's next token after a text."""
     tokenizer = model.need_tokenizer()
-    tokens = model.tokens(text)
-    ids: list[int] = tokens[0].tolist()
-    offsets = None
-    if getattr(tokenizer, "is_fast", False):
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        offsets = [(0, 0)] * (len(ids) - len(offsets)) + [tuple(one) for one in offsets]
-    last = torch.tensor([len(ids) - 1])
+    text_pieces, tokens = pieces_of(model, text), model.tokens(text)
+    last = torch.tensor([len(text_pieces.ids) - 1])
 
     def token(choice: str | int, what: str) -> int:
         if isinstance(choice, str):
@@ -78,7 +73,7 @@ def of_decoder(model: Model, text: str, answer: Choice, against: Choice, rules: 
     about = {"model": model.name, "source": model.source, "weights": model.weights_hash}
     about |= {"device": model.info.device, "dtype": model.info.dtype}
     names = [repr(model.to_text(column)) for column in columns]
-    return Asked(pieces(tokenizer, text, ids, offsets), names[0], (*names, None)[1], runs.run, runs.rows, about)
+    return Asked(text_pieces, names[0], (*names, None)[1], runs.run, runs.rows, about)
 
 
 @kept_where_the_model_is

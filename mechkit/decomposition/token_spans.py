@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, PromptError
+
+if TYPE_CHECKING:
+    from ..model import Model
 
 Offsets = list[tuple[int, int]]
 
@@ -77,3 +80,18 @@ def pieces(tokenizer: Any, text: str, ids: list[int], offsets: Offsets | None) -
         shown.append((text[end:b] if b > a else "") or tokenizer.decode([token], clean_up_tokenization_spaces=False))
         end = max(end, b)
     return Pieces(text, ids, shown, offsets)
+
+
+def pieces_of(model: Model, text: str) -> Pieces:
+    """A text in the tokens that a decoder reads of it, with the one that its tokenizer puts first.
+
+    Raises:
+        PromptError: as of ``model.tokens``; a model without a tokenizer.
+    """
+    tokenizer = model.need_tokenizer()
+    ids: list[int] = model.tokens(text)[0].tolist()
+    offsets = None
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = [(0, 0)] * (len(ids) - len(found)) + [tuple(one) for one in found]
+    return pieces(tokenizer, text, ids, offsets)

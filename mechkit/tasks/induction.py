@@ -59,7 +59,7 @@ def induction(
     check_options(n, corrupt=(corrupt, ("swap", "random")))
     if not isinstance(length, int) or length < 4:
         raise OptionError(f"length = {length!r} tokens", expected="a whole number from 4")
-    tokens = _vocabulary(model)
+    tokens = vocabulary(model)
     if len(tokens) <= length:
         raise TaskError(
             f"{model.name} has {len(tokens)} tokens to draw from", expected=f"more than length = {length} of them"
@@ -95,7 +95,7 @@ def induction(
     return with_ability(model, task, depth=1) if check else task
 
 
-def _vocabulary(model: Model) -> list[int]:
+def vocabulary(model: Model) -> list[int]:
     """Token ids to draw from: those the tokenizer can write, but its special ones; without a tokenizer, all."""
     if model.tokenizer is None:
         return list(range(model.info.d_vocab))
