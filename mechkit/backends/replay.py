@@ -18,16 +18,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from .branches import Enough
-from .hooks import TOLERANCE
+from .hooks import TOLERANCE, Function
 from .memory import OutputBytes, ran_out, rows_at_once
 from .paths import via
 from .protocol import Paths, Read, Write
@@ -36,6 +36,8 @@ from .window import Change, carried_out
 if TYPE_CHECKING:
     from .lens import LensBackend
 
+
+Always: TypeAlias = "Callable[[int, Tensor], Mapping[tuple[str, int], Change]]"
 
 _COPIES = 6  # of a row of logits, that a metric of the whole vocabulary makes
 
@@ -69,7 +71,7 @@ class LensReplay:
         tokens: Tensor,
         first: int,
         record: Sequence[tuple[str, int]],
-        changes: Mapping[tuple[str, int], Change] | None = None,
+        changes: Mapping[tuple[str, int], Function] | None = None,
     ):
         self.backend, self.first, self.batch = backend, first, len(tokens)
         self._length = tokens.shape[1] - first
@@ -159,6 +161,17 @@ class LensReplay:
 
     def resume(self, writes: Sequence[Write], read: Read) -> Tensor:
         """Logits ``[rows, k]`` of every variant of every write, in the order given; see ``protocol.Replay``."""
+        with torch.inference_mode():
+            return self.logits(self.streams(writes), read)
+
+    def streams(self, writes: Sequence[Write], always: Always | None = None) -> Tensor:
+        """What leaves the last block in every variant of every write, in the order given: ``[rows, pos, d_model]``.
+
+        Args:
+            writes: as of ``resume``.
+            always: what is changed in all variants besides, as it was in the base run: of a layer and the variants'
+                base prompts ``[rows]``.
+        """
         backend = self.backend
         with torch.inference_mode():
             resid = self.stream(0)[:0]
@@ -176,12 +189,14 @@ class LensReplay:
                         place = slice(len(rows), len(rows) + len(joining))
                         changes[write.kind, layer].append((place, write))
                     resid, rows = torch.cat([resid, entering]), torch.cat([rows, joining])
-                with backend.hooks({key: _change(parts) for key, parts in changes.items()}):
+                before = {} if always is None else dict(always(layer, rows))
+                written = {key: _change(parts, before.get(key)) for key, parts in changes.items()}
+                with backend.hooks(before | written):
                     resid = self.block(layer, resid, rows)
             for write in waiting:  # the stream that leaves the last block
                 entering = carried_out(self.stream(write.layer)[write.rows.to(rows.device)], write)
                 resid, rows = torch.cat([resid, entering]), torch.cat([rows, write.rows.to(rows.device)])
-            return self.logits(resid, read)
+            return resid
 
     def vary(self, layer: int, rows: Tensor, changes: Mapping[tuple[str, int], Change], read: Read) -> Tensor:
         """Logits ``[rows, k]`` of the base prompts ``rows`` from block ``layer`` on, with these changes made."""
@@ -263,9 +278,9 @@ class LensReplay:
         return value
 
 
-def _change(parts: list[tuple[slice, Write]]) -> Change:
+def _change(parts: list[tuple[slice, Write]], before: Change | None = None) -> Change:
     def function(tensor: Tensor) -> Tensor:
-        new = tensor.clone()
+        new = tensor.clone() if before is None else before(tensor).clone()
         for place, write in parts:
             new[place] = carried_out(new[place], write)
         return new
