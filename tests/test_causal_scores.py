@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCAB, tiny, tiny_task, untouched
-from reference.ablations import divergence, mean_loss, without
+from reference.ablations import divergence, largest_angle, mean_loss, without
 
 import mechkit as mk
 from mechkit import errors
 from mechkit.heads.causal import leave_one_out, ships
+from mechkit.heads.greedy_group import largest_angle as angle_of
+from mechkit.heads.greedy_group import sahara
 
 SOME = ("gpt2", "llama", "gemma2", "neox", "mistral")
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
@@ -176,3 +178,90 @@ def test_bad_input():
         leave_one_out(model, ids(), heads="9.9")
     with pytest.raises(errors.SiteError, match="No heads"):
         leave_one_out(model, ids(), heads=[])
+
+
+def last_hidden(model, tokens, heads, how="uniform") -> torch.Tensor:
+    """What the unembedding of the Hub's own model is given at the last token ``[n, d_model]``."""
+    kept = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: kept.append(args[0][:, -1]))
+    try:
+        without(model, tokens, heads, how)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize(("rank", "side"), [(1, "samples"), (2, "samples"), (1, "features"), (2, "features")])
+def test_sahara(family, rank, side):
+    model, prompts = untouched(family), ids(n=6)
+    own = last_hidden(model, prompts, [])
+    literal = [largest_angle(own, last_hidden(model, prompts, [one]), rank, side) for one in HEADS]
+    scores = sahara(tiny(family), prompts, rank=rank, side=side, progress=False)
+    assert numbers(scores) == pytest.approx(literal, abs=0.02)
+    assert numbers(scores).max() > 1
+    assert set(scores.frame.n) == {6}
+    assert "round" not in scores.frame
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize("ablation", ["uniform", "zero"])
+def test_a_group_grows_by_its_best_head(family, ablation):
+    model, prompts = untouched(family), ids(n=6)
+    own, group, found = last_hidden(model, prompts, []), [], []
+    for _ in range(3):
+        left = [one for one in HEADS if one not in group]
+        angles = [
+            largest_angle(own, last_hidden(model, prompts, [*group, one], ablation), 1, "samples") for one in left
+        ]
+        group.append(left[int(np.argmax(angles))])
+        found.append(max(angles))
+    scores = sahara(tiny(family), prompts, k=3, ablation=ablation, progress=False)
+    assert scores.meta["group"] == [f"{layer}.{head}" for layer, head in group]
+    chosen = scores.frame.dropna(subset="round").sort_values("round")
+    assert list(chosen.site) == scores.meta["group"]
+    assert chosen.group_score.to_numpy() == pytest.approx(found, abs=0.02)
+    assert chosen.group_score.iloc[0] == chosen.score.iloc[0] == scores.frame.score.max()
+
+
+def test_a_group_by_means():
+    model, task = tiny("llama"), tiny_task(6)
+    scores = sahara(model, task, k=2, ablation="mean", progress=False)
+    first, second = scores.meta["group"]
+    edits = [[], [mk.ablate(first, "mean", task)], [mk.ablate([first, second], "mean", task)]]
+    norm = tiny("llama").bridge.ln_final
+    own, one, both = (norm(model.run(task, record="resid.3", edits=e)["resid.3"])[:, -1] for e in edits)
+    frame = scores.frame.set_index("site")
+    assert frame.group_score[first] == pytest.approx(largest_angle(own, one, 1, "samples"), abs=0.02)
+    assert frame.group_score[second] == pytest.approx(largest_angle(own, both, 1, "samples"), abs=0.02)
+
+
+def test_angles_of_known_planes():
+    turn = torch.tensor([[1.0, 0, 0], [0, np.cos(0.3), -np.sin(0.3)], [0, np.sin(0.3), np.cos(0.3)]]).float()
+    x = torch.tensor([[3.0, 0, 0], [0, 2, 0], [0, 0, 0.1]])
+    found = angle_of(x, torch.stack([x, x @ turn.T, 5 * x]), 2, "features")
+    assert found == pytest.approx([0, np.rad2deg(0.3), 0], abs=1e-5)
+    tiny_turn = angle_of(
+        x.double(), x.double() @ torch.linalg.matrix_exp(1e-9 * (turn - turn.T)).double(), 2, "features"
+    )
+    assert 0 < float(tiny_turn) < 1e-6  # an arccosine would give 0
+
+
+def test_bad_input_of_sahara():
+    model = tiny("llama")
+    with pytest.raises(errors.PromptError, match="2 prompts for rank = 2"):
+        sahara(model, ids(n=2), rank=2)
+    for option in ({"side": "left"}, {"rank": 0}, {"k": 13}, {"ablation": "scale"}):
+        with pytest.raises(errors.OptionError, match=next(iter(option))):
+            sahara(model, ids(n=6), **option)
+
+
+@pytest.mark.parametrize("family", elsewhere.FAMILIES)
+def test_sahara_elsewhere(places, family):
+    place = elsewhere.folder(places, family)
+    far, own = (
+        sahara(mk.load(place, **where), ids(n=6), k=2, progress=False)
+        for where in ({"remote": "local"}, {"device": "cpu"})
+    )
+    assert far.meta["group"] == own.meta["group"]
+    assert numbers(far) == pytest.approx(numbers(own), abs=0.02)

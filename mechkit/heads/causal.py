@@ -75,7 +75,7 @@ def leave_one_out(
     started = time.perf_counter()
     known_ablation(ablation, ("zero", "mean", "uniform", "resample"))
     task = data if isinstance(data, Task) else None
-    ids, lengths = _batch(model, data)
+    ids, lengths = batch_of(model, data)
     if task is None:
         need_next_tokens(lengths)
     chosen = chosen_heads(model, heads)
@@ -85,13 +85,13 @@ def leave_one_out(
     )
     return head_scores(
         model,
-        _grid(model, chosen, values - base),
+        grid_of(model, chosen, values - base),
         task.metric.unit if task else "nats a token",
         "leave_one_out",
         started,
         data,
         each=each,
-        metric=_grid(model, chosen, values.mean(1)) if task else None,
+        metric=grid_of(model, chosen, values.mean(1)) if task else None,
         heads=chosen,
         ablation=ablation,
         reference=None if given is None else given.name,
@@ -133,12 +133,12 @@ def ships(
     known_ablation(ablation, ("uniform", "zero", "scale"))
     if not isinstance(eps, int | float) or not -float("inf") < eps < float("inf"):
         raise OptionError(f"eps = {eps!r}", expected="a finite number")
-    ids, lengths = _batch(model, data)
+    ids, lengths = batch_of(model, data)
     chosen = chosen_heads(model, heads)
     _, values = _measured(model, "kl", ids, lengths, chosen, ablation, eps, None, None, progress)
     options = {"ablation": ablation, **({"eps": eps} if ablation == "scale" else {})}
     return head_scores(
-        model, _grid(model, chosen, values), "nats", "ships", started, data, each=each, heads=chosen, **options
+        model, grid_of(model, chosen, values), "nats", "ships", started, data, each=each, heads=chosen, **options
     )
 
 
@@ -154,13 +154,14 @@ def chosen_heads(model: Model, heads: SitesLike | None) -> tuple[Site, ...]:
     return chosen
 
 
-def _batch(model: Model, data: Prompts) -> tuple[Tensor, Tensor]:
+def batch_of(model: Model, data: Prompts) -> tuple[Tensor, Tensor]:
+    """As ``as_batch``; of a task, its answers are looked at as well."""
     if isinstance(data, Task):
         check_task(model, data)
     return as_batch(model, data)
 
 
-def _grid(model: Model, heads: Sequence[Site], values: Tensor) -> Tensor:
+def grid_of(model: Model, heads: Sequence[Site], values: Tensor) -> Tensor:
     """Numbers of some heads ``[heads, ...]`` as ``[layers, heads, ...]``, NaN of the others."""
     grid = torch.full((model.n_layers, model.n_heads, *values.shape[1:]), torch.nan, dtype=values.dtype)
     grid[[one.layer for one in heads], [one.head for one in heads if one.head is not None]] = values

@@ -1,4 +1,4 @@
-"""Heads taken out one by one, each in a whole forward pass of the Hub's own model. Knows nothing of mechkit's engine."""
+"""Heads taken out one by one, each in a whole pass of the Hub's own model. Knows nothing of mechkit's engine."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def divergence(base: Tensor, other: Tensor) -> Tensor:
     return (p * (p / q).log()).sum(-1)
 
 
+@torch.no_grad()
 def largest_angle(a: Tensor, b: Tensor, rank: int, side: str) -> float:
     """Degrees between the top singular subspaces of two matrices, by the cosines of the principal angles."""
     u, v = (torch.linalg.svd(x.double()) for x in (a, b))
