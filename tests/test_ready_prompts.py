@@ -187,6 +187,20 @@ def test_only_countries_that_the_model_knows():
     knows = {country for country in CAPITALS if country < "G" or country == "Italy"}
     assert set(ready.words_at(task, "X1")) <= knows
     assert task.meta["countries"] == len(knows)
+    assert {country: CAPITALS[country] for country in sorted(knows)} == mk.tasks.known_capitals(told)
+
+
+def test_countries_kept_apart_share_nothing():
+    every = list(mk.tasks.known_capitals(ready.model(), known=False))
+    parts = [every[:4], every[4:8]]
+    tasks = [ready.make("capitals_conflict", countries=part, known=False, n=10) for part in parts]
+    for task, part in zip(tasks, parts, strict=True):
+        assert set(ready.words_at(task, "X1")) <= set(part)
+        assert set(ready.words_at(task, "city")) <= {CAPITALS[country] for country in part}
+        assert task.meta["countries"] == part
+    for countries in ("France", ["France"], ["France", "France"], ["France", "Atlantis"]):
+        with pytest.raises(OptionError, match="at least two of"):
+            ready.make("capitals_conflict", countries=countries, known=False)
 
 
 class _Told:

@@ -1,6 +1,6 @@
 """Ready-made tasks: ``mk.tasks.ioi(model, n=64, seed=0)``, and others of the same form."""
 
-from .capitals_conflict import capitals_conflict
+from .capitals_conflict import capitals_conflict, known_capitals
 from .colored_objects import colored_objects
 from .docstring import docstring
 from .gendered_pronoun import gendered_pronoun
@@ -19,5 +19,6 @@ __all__ = [
     "greater_than",
     "induction",
     "ioi",
+    "known_capitals",
     "laundry_list",
 ]

@@ -24,11 +24,12 @@ can be followed by " Rome", which the prompt says, or by " Paris", which the mod
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..errors import TaskError
+from ..errors import OptionError, TaskError
 from .twins import Twins, check_options, distinct, made, usable, written
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ def capitals_conflict(
     metric: str | Metric | MetricFunction = "logit_diff",
     known: bool = True,
     check: bool = True,
+    countries: Iterable[str] | None = None,
 ) -> Task:
     """A capital stated in the prompt against the one remembered: correct is the stated one; see the module.
+
+    What is found on some countries is to be tried on others: ``known_capitals`` lists what there is to divide up.
 
     Spans: ``X1``, ``X2``, ``X3`` (the country, each time it stands), ``city`` (the stated city), ``END``.
 
@@ -73,17 +77,25 @@ def capitals_conflict(
         metric: a name, a Metric or a function ``(logits [n, vocab], task) -> [n]``.
         known: only countries whose capital the model gives when nothing is stated; one run of every country.
         check: measure how often the model follows the prompt, and warn when that is not clearly above chance.
+        countries: only these, and only their capitals; left out: all that can be used.
 
     Raises:
-        OptionError: ``n`` is below 1 or more than there are prompts, or ``corrupt`` is unknown.
+        OptionError: ``n`` is below 1 or more than there are prompts, ``corrupt`` is unknown, or fewer than two
+            countries, or one that cannot be used.
         TaskError: this tokenizer has too few single-token countries and capitals, or the model knows too few.
     """
     check_options(n, corrupt=(corrupt, CORRUPT))
-    countries = usable(CAPITALS, "The capital of", model, "countries", 3)
-    cities = usable([CAPITALS[country] for country in countries], "is the city of", model, "capitals", 3)
-    capital = {country: city for country in countries if (city := CAPITALS[country]) in cities}
-    if known:
-        capital = _known(model, capital, cities)
+    capital, cities = _usable(model, known)
+    chosen = None if countries is None else [countries] if isinstance(countries, str) else list(countries)
+    if chosen is not None:
+        odd = [country for country in chosen if country not in capital]
+        if odd or len({*chosen}) < 2:
+            raise OptionError(
+                f"countries = {chosen!r}",
+                expected="at least two of " + ", ".join(sorted(capital)),
+                fix="See known_capitals",
+            )
+        capital = {country: capital[country] for country in chosen}
     names = sorted(capital)
     draw = random.Random(seed)
 
@@ -104,8 +116,29 @@ def capitals_conflict(
         seed=seed,
         corrupt=corrupt,
         known=known,
-        countries=len(names),
+        countries=names if chosen is not None else len(names),
     )
+
+
+def known_capitals(model: Model, known: bool = True) -> dict[str, str]:
+    """Countries that ``capitals_conflict`` can use of a model, with their capitals, in alphabetical order.
+
+    Args:
+        model: its tokenizer, and what it knows.
+        known: only countries whose capital the model gives when nothing is stated.
+
+    Raises:
+        TaskError: as of ``capitals_conflict``.
+    """
+    return dict(sorted(_usable(model, known)[0].items()))
+
+
+def _usable(model: Model, known: bool) -> tuple[dict[str, str], dict[str, int]]:
+    """Capital by country, and token by capital."""
+    countries = usable(CAPITALS, "The capital of", model, "countries", 3)
+    cities = usable([CAPITALS[country] for country in countries], "is the city of", model, "capitals", 3)
+    capital = {country: city for country in countries if (city := CAPITALS[country]) in cities}
+    return (_known(model, capital, cities) if known else capital), cities
 
 
 def _filled(country: str, city: str) -> tuple[str, dict[str, int]]:
