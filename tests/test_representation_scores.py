@@ -12,7 +12,9 @@ from reference import representation as literal
 import mechkit as mk
 from mechkit import errors
 from mechkit.heads.divergence import apart, divergence, token_divergence
+from mechkit.heads.redundancy import merged, redundancy
 from mechkit.heads.semantic import kept, roles, semantic_distance
+from mechkit.heads.similarity import MEASURES, alike_by_kernels, similarity
 
 FAMILIES = ("gpt2", "llama", "gemma2", "neox", "granite")
 
@@ -188,3 +190,175 @@ def test_semantic_distance_elsewhere(both):
 def test_bad_semantic_options(how, told):
     with pytest.raises(errors.OptionError, match=told):
         semantic_distance(tiny("llama"), tiny_task(), **how)
+
+
+# -- similarity -----------------------------------------------------------------------------------------------
+
+
+def literal_pairs(model, hub, task, of, measure):
+    """Of every two heads of a layer, from activations of one prompt after the other, or from matrices."""
+    runs = [literal.seen(hub, row, "z pattern") for row in task.clean]
+    attention = [model.bridge.blocks[layer].attn for layer in range(3)]
+
+    def of_head(layer, head):
+        group = head * model.n_kv_heads // model.n_heads
+        if of == "output":
+            return torch.cat([run["z", layer][:, head] for run in runs])
+        if of == "pattern":
+            return torch.cat([run["pattern", layer][head] for run in runs])
+        weights = mk.HeadWeights.load(model)
+        read = getattr(weights, "W_K" if of == "k" else "W_V")[layer, group].double()
+        return read @ weights.W_O[layer, head].double() if of == "ov" else read
+
+    found = {}
+    for layer in range(len(attention)):
+        for head in range(4):
+            for other in range(head + 1, 4):
+                a, b = of_head(layer, head), of_head(layer, other)
+                if of == "output" and measure == "cosine":
+                    each = [literal.cosine(x, y) for x, y in zip(a, b, strict=True)]
+                    found[f"{layer}.{head}", f"{layer}.{other}"] = sum(each) / len(each)
+                else:
+                    found[f"{layer}.{head}", f"{layer}.{other}"] = literal.likenesses(a, b, measure)
+    return found
+
+
+WAYS = [(of, measure) for of, measures in MEASURES.items() for measure in measures]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox"])
+@pytest.mark.parametrize(("of", "measure"), WAYS)
+def test_similarity_is_the_literal_one(family, of, measure):
+    model, task = tiny(family), tiny_task(n=3, length=6)
+    found = similarity(model, task, of=of, measure=measure)
+    own = literal_pairs(model, untouched(family), task, of, measure)
+    assert len(found) == len(own) == 18
+    for row in found.frame.itertuples():
+        assert row.score == pytest.approx(own[row.site, row.other], abs=2e-4)
+
+
+@pytest.mark.parametrize(("of", "measure"), WAYS)
+def test_all_pairs_have_those_of_a_layer(of, measure):
+    model, task = tiny("llama"), tiny_task(n=3, length=6)
+    every = similarity(model, task, of=of, measure=measure, within="all")
+    assert len(every) == 12 * 11 // 2
+    own = similarity(model, task, of=of, measure=measure).frame.set_index(["site", "other"])["score"]
+    same = every.frame[every.frame["layer"] == every.frame["other_layer"]].set_index(["site", "other"])["score"]
+    assert same.sort_index().to_numpy() == pytest.approx(own.sort_index().to_numpy(), abs=1e-5)
+    square = every.matrix()
+    assert np.allclose(square, square.T)
+    assert np.allclose(np.diag(square), 1)
+
+
+def twins() -> mk.Model:
+    """A grouped-query model whose heads 1.0 and 1.1, which share a key and value, have one query too."""
+    hub = plain("llama")
+    with torch.no_grad():
+        query = hub.model.layers[1].self_attn.q_proj.weight
+        query[8:16] = query[:8]
+    return mk.load((hub, None), device="cpu")
+
+
+@pytest.mark.parametrize(("of", "measure"), WAYS)
+def test_duplicates_are_alike(of, measure):
+    found = similarity(twins(), tiny_task(), of=of, measure=measure).frame.set_index(["site", "other"])["score"]
+    shared = of in ("k", "v")
+    if of == "ov":  # their ways out differ
+        assert found["1.0", "1.1"] < 0.99
+    else:
+        assert found["1.0", "1.1"] == pytest.approx(1, abs=1e-4)
+        assert found["0.0", "0.1"] == pytest.approx(1, abs=1e-4) if shared else found["0.0", "0.1"] < 0.99
+    assert found["1.1", "1.2"] < 0.99
+
+
+def test_a_rotation_leaves_cka():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 5, generator=draw)
+    turned = x @ torch.linalg.qr(torch.randn(5, 5, generator=draw)).Q + 3
+    assert float(alike_by_kernels(torch.stack([x, turned]))[0, 1]) == pytest.approx(1, abs=1e-5)
+
+
+def test_some_tokens_are_drawn():
+    model, task = tiny("llama"), tiny_task(n=6)
+    few = similarity(model, task, tokens=8, seed=1)
+    again, other = (similarity(model, task, tokens=8, seed=seed) for seed in (1, 2))
+    assert few.frame.equals(again.frame)
+    assert not np.allclose(few.frame["score"], other.frame["score"])
+
+
+# -- redundancy and merging -----------------------------------------------------------------------------------
+
+
+def test_duplicates_are_redundant_and_merge_for_nothing():
+    model, task = twins(), tiny_task(n=6)
+    found = redundancy(model, task, threshold=0.999)
+    table = found.frame.set_index("site")
+    assert table.loc[["1.0", "1.1"], "score"].to_numpy() == pytest.approx(1, abs=1e-4)
+    assert table.drop(["1.0", "1.1"])["score"].eq(0).all()
+    assert table.loc["1.0", "cluster"] == table.loc["1.1", "cluster"] == 0
+    costs = merged(model, task, found)
+    assert len(costs) == 1
+    assert costs.frame["score"].iloc[0] == pytest.approx(0, abs=1e-5)
+    logits = model.run(task).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), task.clean[:, 1:].flatten())
+    assert costs.meta["loss"] == pytest.approx(float(loss), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox"])
+def test_merging_is_giving_each_the_mean(family):
+    model, task = tiny(family), tiny_task(n=3)
+    found = redundancy(model, task, clusters=2)
+    assert found.frame.groupby("layer")["cluster"].nunique().eq(2).all()
+    costs = merged(model, task, found).frame
+    assert costs["layer"].tolist()[:-1] == [0, 1, 2]
+    # The last layer alone: its z is the unedited run's, so that a patch of means is the same.
+    z = model.run(task, record=[str(one) for one in model.heads() if one.layer == 2])
+    edits = []
+    for _, some in found.frame[found.frame["layer"] == 2].groupby("cluster"):
+        mean = torch.stack([z[site] for site in some["site"]]).mean(0)
+        edits.append(mk.patch_in(list(some["site"]), mean))
+    losses = []
+    for some in ([], edits):
+        logits = model.run(task, edits=some).logits[:, :-1]
+        losses.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), task.clean[:, 1:].flatten())))
+    assert costs["score"][2] == pytest.approx(losses[1] - losses[0], abs=1e-4)
+    assert abs(costs["score"][2]) > 1e-3
+    assert costs["heads"].tolist() == [2, 2, 2, 6]
+
+
+def test_one_cluster_has_the_mean_of_all_pairs():
+    model, task = tiny("llama"), tiny_task()
+    pairs, found = similarity(model, task, of="pattern"), redundancy(model, task, of="pattern", clusters=1)
+    for row in found.frame.itertuples():
+        own = pairs.frame[(pairs.frame["site"] == row.site) | (pairs.frame["other"] == row.site)]["score"]
+        assert row.score == pytest.approx(own.mean())
+
+
+def test_similarity_elsewhere(both):
+    task = tiny_task()
+    for of in ("output", "pattern", "ov", "k"):
+        ours, theirs = (similarity(one, task, of=of) for one in both)
+        assert ours.frame["score"].to_numpy() == pytest.approx(theirs.frame["score"].to_numpy(), abs=1e-4)
+    ours, theirs = (merged(one, task, redundancy(one, task, clusters=2)) for one in both)
+    assert ours.frame["score"].to_numpy() == pytest.approx(theirs.frame["score"].to_numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "told"),
+    [
+        (lambda m, t: similarity(m, t, of="q"), errors.OptionError, "of = 'q'"),
+        (lambda m, t: similarity(m, t, measure="js"), errors.OptionError, "cka, cosine"),
+        (lambda m, t: similarity(m, t, within="model"), errors.OptionError, "within = 'model'"),
+        (lambda m, t: similarity(m, t, tokens=1), errors.OptionError, "tokens = 1"),
+        (lambda m, t: similarity(m), errors.PromptError, "No data"),
+        (lambda m, t: similarity(m, torch.tensor([[5]])), errors.PromptError, "at least two"),
+        (lambda m, t: redundancy(m, t, clusters=5), errors.OptionError, "clusters = 5"),
+        (lambda m, t: redundancy(m, t, threshold=2), errors.OptionError, "threshold = 2"),
+        (lambda m, t: merged(m, t, redundancy(m, t, clusters=4)), errors.OptionError, "one head each"),
+        (lambda m, t: merged(m, t, semantic_distance(m, t)), errors.OptionError, "a column cluster"),
+        (lambda m, t: merged(m, torch.tensor([[5]]), redundancy(m, t, clusters=1)), errors.PromptError, "one token"),
+    ],
+)
+def test_bad_similarity(call, kind, told):
+    with pytest.raises(kind, match=told):
+        call(tiny("llama"), tiny_task())

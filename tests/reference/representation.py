@@ -82,3 +82,25 @@ def divergences(hub: torch.nn.Module, longer: Tensor, shorter: Tensor, last: int
                 found = {"l2": (a - b).norm(), "cosine": 1 - cosine(a, b), "relative": (a - b).norm() / a.norm()}
                 out[last - back, layer, head] = found[distance]
     return out
+
+
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear CKA of ``[n, a]`` and ``[n, b]``."""
+    x, y = (one - one.mean(0) for one in (x, y))
+    return float((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> float:
+    """The distance, to base 2, of two distributions."""
+    middle = (p + q) / 2
+    parts = [sum(float(a * (a / m).log2()) for a, m in zip(one, middle, strict=True) if a > 0) for one in (p, q)]
+    return max(0.0, sum(parts) / 2) ** 0.5
+
+
+def likenesses(a: Tensor, b: Tensor, measure: str) -> float:
+    """Of outputs ``[n, d_head]``, patterns ``[n, key]`` or matrices."""
+    if measure == "cka":
+        return cka(a, b)
+    if measure == "js":
+        return 1 - sum(jensen_shannon(p, q) for p, q in zip(a, b, strict=True)) / len(a)
+    return cosine(a.flatten(), b.flatten())
