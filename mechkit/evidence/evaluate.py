@@ -99,7 +99,11 @@ def evaluate(
     notes: list[str] = []
     variants: list[tuple[str, int | None, Sequence[Edit]]] = [("edit", None, edits)]
     for draw in range(controls):
-        drawn = random_edits(edits, model.info, seed * 1_000_003 + draw)
+        try:
+            drawn = random_edits(edits, model.info, seed * 1_000_003 + draw)
+        except EditError as error:  # of a kind that has no other place
+            notes.append(f"No random control: {error}")
+            break
         if drawn is None:
             notes.append("No random control: there is no other place, and no other vector, for this edit.")
             break

@@ -1,0 +1,1 @@
+"""Edits found by training their tensors, or by trying candidates: ``mk.fit`` and ``mk.select``."""
