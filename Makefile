@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/ioi
 
-.PHONY: demo test browser ndif ndif-ready lint check lab bench constraints clean
+.PHONY: demo test papers browser ndif ndif-ready lint check lab bench constraints clean
 
 # A stamp a dependency set, so that a second run installs nothing.
 $(VENV)/.pip:
@@ -31,6 +31,9 @@ demo: $(VENV)/.runtime  ## which heads of SmolLM2-135M do indirect object identi
 test: $(VENV)/.dev  ## every test: tiny models side by side, then the real one with the whole machine
 	$(BIN)/python -m pytest -m "not real_model" --numprocesses=2
 	$(BIN)/python -m pytest -m real_model
+
+papers: $(VENV)/.dev  ## run every reproduction of a paper anew and write its notebook
+	for one in notebooks/papers/*.py; do $(BIN)/jupytext --quiet --to ipynb --execute "$$one" || exit 1; done
 
 $(VENV)/.browser: $(VENV)/.dev
 	$(PIP) install -q -c constraints.txt --group browser

@@ -28,10 +28,18 @@ if TYPE_CHECKING:
     from .decomposition.cdt import decompose
     from .decomposition.tokens import TokenScores, token_scores
     from .edge_scores import EdgeScores
-    from .edits import ablate, attend, patch_in, scale, steer, transform
+    from .edits import ablate, attend, gate, inject, patch_in, redistribute, scale, steer, transform
     from .errors import MechkitError, MechkitWarning
+    from .evidence.edit_evaluation import EditEvaluation
+    from .evidence.evaluate import evaluate
+    from .evidence.groups import GroupComparison, compare_groups
+    from .fitting.fit import Fit, fit
+    from .fitting.select import Selection, select
     from .graph import Edge, Graph, edge
+    from .heads.repeated import repeated_tokens
     from .heads.score import score
+    from .heads.top_heads import top_heads
+    from .heads.vectors import steering_vectors, task_vectors
     from .model import Model
     from .patching.activation import patch
     from .patching.edges import edges
@@ -81,6 +89,21 @@ _HOMES = {
     "path_patch": "patching.path",
     "Scores": "results",
     "score": "heads.score",
+    "task_vectors": "heads.vectors",
+    "steering_vectors": "heads.vectors",
+    "compare_groups": "evidence.groups",
+    "GroupComparison": "evidence.groups",
+    "select": "fitting.select",
+    "Selection": "fitting.select",
+    "fit": "fitting.fit",
+    "Fit": "fitting.fit",
+    "EditEvaluation": "evidence.edit_evaluation",
+    "evaluate": "evidence.evaluate",
+    "repeated_tokens": "heads.repeated",
+    "top_heads": "heads.top_heads",
+    "redistribute": "edits",
+    "gate": "edits",
+    "inject": "edits",
     "HeadSet": "sites",
     "Site": "sites",
     "heads": "sites",
@@ -117,8 +140,11 @@ __all__ = [
     "Curve",
     "Edge",
     "EdgeScores",
+    "EditEvaluation",
     "Evaluation",
+    "Fit",
     "Graph",
+    "GroupComparison",
     "HeadCard",
     "HeadSVD",
     "HeadSet",
@@ -128,6 +154,7 @@ __all__ = [
     "Model",
     "Overlap",
     "Scores",
+    "Selection",
     "Site",
     "Subspace",
     "Task",
@@ -138,6 +165,7 @@ __all__ = [
     "ablate",
     "attend",
     "channel_effects",
+    "compare_groups",
     "completeness",
     "composition",
     "copy_suppression",
@@ -147,9 +175,13 @@ __all__ = [
     "edge",
     "edges",
     "edit_weights",
+    "evaluate",
     "explore",
+    "fit",
+    "gate",
     "head_card",
     "heads",
+    "inject",
     "load",
     "metrics",
     "minimality",
@@ -157,15 +189,21 @@ __all__ = [
     "patch_in",
     "path_patch",
     "planted",
+    "redistribute",
     "remote",
+    "repeated_tokens",
     "scale",
     "score",
+    "select",
     "site",
     "steer",
+    "steering_vectors",
     "svd",
+    "task_vectors",
     "tasks",
     "token_circuits",
     "token_scores",
+    "top_heads",
     "transform",
     "view",
 ]

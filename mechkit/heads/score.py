@@ -23,6 +23,25 @@ if TYPE_CHECKING:
 OTHERS = {
     "waad": "token_curves.waad",
     "fai": "token_curves.fai",
+    "leave_one_out": "causal.leave_one_out",
+    "ships": "causal.ships",
+    "sahara": "greedy_group.sahara",
+    "attention_influence": "influence.attention_influence",
+    "token_loss": "influence.token_loss",
+    "gate_gradient": "gradient.gate_gradient",
+    "fisher": "gradient.fisher",
+    "direct": "direct.direct",
+    "sinks": "sinks.sinks",
+    "massive_dims": "massive.massive_dims",
+    "retrieval": "retrieval.retrieval",
+    "divergence": "divergence.divergence",
+    "token_divergence": "divergence.token_divergence",
+    "semantic_distance": "semantic.semantic_distance",
+    "probe": "probe.probe",
+    "copying": "copying.copying",
+    "atlas": "atlas.atlas",
+    "redundancy": "redundancy.redundancy",
+    "similarity": "similarity.similarity",
 }
 HOWS = (*NAMES, *OTHERS)
 
