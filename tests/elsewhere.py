@@ -131,6 +131,45 @@ def weights(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
     assert ours.frame.score.to_numpy() == pytest.approx(theirs.frame.score.to_numpy(), abs=TOLERANCE)
 
 
+def head_scores(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
+    patterns = ["previous_token", "entropy", "first_token"]
+    for data, how, more in (
+        (task, patterns, {}),
+        (task, ["leave_one_out", "ships", "gate_gradient", "fisher", "direct"], {}),
+        (task.clean, ["leave_one_out", "semantic_distance"], {}),
+    ):
+        ours, theirs = (mk.score(one, data, how, **more) for one in (far, own))
+        for name in how:
+            same(ours[name], theirs[name])
+
+
+def edits(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
+    heads = [str(one) for one in own.heads()]
+    vectors = mk.task_vectors(own, task, heads[:2])
+    for edit in (
+        mk.attend(heads[1], bias=-1.0, keys=0),
+        mk.attend(heads[1], median=1.0, keys=1),
+        mk.attend(heads[2], toward="previous", alpha=0.5),
+        mk.redistribute(heads[2], keys=0, to=1),
+        mk.inject(heads[:2], vectors, gate=0.5),
+    ):
+        ours, theirs = (one.run(task, edits=[edit]) for one in (far, own))
+        assert torch.allclose(ours.logits, theirs.logits, atol=TOLERANCE), edit
+    ours, theirs = (
+        mk.evaluate(one, task, mk.scale(heads[0], 0.0), controls=2, neutral=task.clean, progress=False)
+        for one in (far, own)
+    )
+    assert ours.frame["metric"].to_numpy() == pytest.approx(theirs.frame["metric"].to_numpy(), abs=TOLERANCE)
+
+
+def fits(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
+    heads = [str(one) for one in own.heads()][:2]
+    task = tiny_task(n=10)
+    ours, theirs = (mk.fit(one, task, mk.steer(heads), steps=4, every=2, batch=2, progress=False) for one in (far, own))
+    same(ours.scores, theirs.scores)
+    assert ours.history.validation.to_numpy() == pytest.approx(theirs.history.validation.to_numpy(), abs=1e-3)
+
+
 CHECKS: tuple[Callable[[mk.Model, mk.Model, mk.Task], None], ...] = (
     run,
     generate,
@@ -142,5 +181,8 @@ CHECKS: tuple[Callable[[mk.Model, mk.Model, mk.Task], None], ...] = (
     token_scores,
     circuits,
     weights,
+    head_scores,
+    edits,
+    fits,
 )
 TASK = functools.partial(tiny_task, n=3)
