@@ -8,7 +8,7 @@
 
 Patterns pass by layer after layer and are never all in memory; only the small pictures are.
 
-Li et al. 2023 (arXiv 2303.13731), section 5, for vision transformers, with an autoencoder in place of the components.
+Li et al. 2023 (arXiv 2303.13731), for vision transformers, with an autoencoder in place of the components.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 2. Merging: every head of a cluster gets the mean z of the cluster, while the model runs. Heads that put out the same
    can be merged at no loss, whatever each makes of it. The score is the rise of the mean next-token loss.
 
-Chen et al. 2024 (arXiv 2406.06567), section 3, who merge keys and values.
+Chen et al. 2024 (arXiv 2406.06567), who merge keys and values.
 """
 
 from __future__ import annotations

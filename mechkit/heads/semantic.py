@@ -8,7 +8,7 @@
 4. In each layer the f farthest heads are "heterogeneous"; of the others, the nearest to the centre is "central". f
    falls linearly from ``beta`` times the number of heads in the first layer to ``top`` in the last one.
 
-He et al. 2025 (arXiv 2501.15113), section 3: ``beta`` and ``top`` are 0.25 and 4 there for Llama-2-7B, 0.3 and 1 for
+He et al. 2025 (arXiv 2501.15113): ``beta`` and ``top`` are 0.25 and 4 there for Llama-2-7B, 0.3 and 1 for
 Mistral-7B.
 """
 

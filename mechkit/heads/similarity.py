@@ -10,7 +10,7 @@
    product of two. Of many tokens, ``tokens`` are drawn. ``W_V W_O`` is never made: ``cka`` of it is that of ``W_V L``
    with ``L L^T = W_O W_O^T``.
 
-Chen et al. 2024 (arXiv 2406.06567), section 3, on keys and values; Kornblith et al. 2019 (arXiv 1905.00414) for CKA.
+Chen et al. 2024 (arXiv 2406.06567) on keys and values; Kornblith et al. 2019 (arXiv 1905.00414) for CKA.
 """
 
 from __future__ import annotations
