@@ -202,15 +202,17 @@ def test_the_heads_that_write_most_stay_at_each_token(family):
 
 def every_edit(model: mk.Model, late: int = 7) -> list[list[e.Edit]]:
     """Lists of edits, with a position that only a longer text reaches."""
-    given = vectors(model, "1.1 resid.1")
+    given, every = vectors(model, "1.1 resid.1"), [str(head) for head in model.heads()]
     return [
         [e.inject("1.1", given[mk.site("1.1")], 0.7, positions=[-1]), e.steer("1.1 resid.1", given)],
         [e.gate("0.2 1.1", {"0.2": drawn(1, 3), "1.1": drawn(3)}, positions=[1, 2, late])],
         [e.attend("0.0 1.1", bias={"0.0": 2.0, "1.1": -3.0}, keys=[1, late], outside=True)],
         [e.attend("1.1 2.0", toward="previous", alpha=0.7), e.attend("1.0", mask=[0, 2, late], outside=True)],
-        [e.attend("0.1 1.2", median=3.0, keys=[0, 2]), e.attend("2.1", bias=3.0, keys=-1)],
+        [e.attend(every, median=3.0, keys=[0, 2])],
+        [e.attend(every, bias=3.0, keys=-1)],
         [e.redistribute("0.0 1.1 2.2", keys=0, to=[2, 3, late], keep=0.1), e.redistribute("1.0", [1, late], None)],
-        [e.redistribute("0.0 1.1", keys=[-1], to=None, keep=0.2), e.redistribute("1.2", None, 3, 0.2, 0.05, 0.9)],
+        [e.redistribute(every, keys=[-1], to=None, keep=0.0)],
+        [e.redistribute(every, keys=[0, 1], to=[-1, -2], keep=0.0), e.redistribute("1.2", None, 3, 0.2, 0.05, 0.9)],
         [top_heads(model, 2), e.scale("m1", drawn(model.d_model))],
     ]
 
@@ -244,6 +246,22 @@ def test_generating_is_running_the_whole_text_again(family):
         assert torch.equal(made, literal.continue_by_rerunning(run, prompts, 6)), edits
         changed += not torch.equal(made, model.generate(prompts, 6, eos_token_id=None))
     assert changed > len(every_edit(model)) // 2
+
+
+def test_what_changes_with_the_length_of_a_text_cannot_be_cached():
+    for edit, grows in (
+        (e.attend("0.1", median=1.0), False),
+        (e.attend("0.1", bias={"0.1": 1.0}, keys=[0, 2]), True),
+        (e.attend("0.1", bias={"0.1": torch.ones(9)}), False),
+        (e.attend("0.1", bias=1.0, keys=[0, -1]), False),
+        (e.redistribute("0.1", [0, 1], [2]), True),
+        (e.redistribute("0.1", [0, -1], None), False),
+        (e.redistribute("0.1", 0, -1), False),
+        (e.redistribute("0.1", 0, None, positions=-1), False),
+        (e.steer("0.1", {"0.1": torch.ones(8)}), True),
+        (e.inject("0.1", torch.ones(8), 0.5, positions=[1, -1]), False),
+    ):
+        assert edit.grows == grows, edit
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-oss"])
