@@ -119,6 +119,9 @@ def test_few_runs_are_not_ranked():
     assert kept == 2
     assert f"only {kept} of 6 runs were kept" in table.meta["unranked"]
     assert (table.frame["n"] == kept).all()
+    for ranking in (table.ranked, table.heads):
+        with pytest.raises(errors.RankingError, match=f"only {kept} of 6"):
+            ranking()
     none = retrieval(circuit.model, given, max_new_tokens=1, recall=1.0)
     assert none.frame["score"].isna().all()
     assert "only 0 of 6" in none.meta["unranked"]
