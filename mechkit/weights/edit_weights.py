@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends.lens import LensBackend, local_backend
-from ..edits import Ablate, Edit, Scale, Transform
+from ..edits import Ablate, Edit, Scale, Transform, of_site
 from ..errors import EditError, UnsupportedError
 from ..sites import Site
 
@@ -136,11 +136,18 @@ def _steps(edit: Edit, backend: LensBackend) -> Iterator[tuple[Site, Tensor, Ten
             group = backend.info.shared(site)
             raise EditError(f'"{site}" in the weights, which other heads share', fix=f'Name the group: "{group}"')
         match edit:
-            case Transform(matrix=matrix, shift=shift):
+            case Transform():
+                matrix, shift = of_site(edit.matrix, site), of_site(edit.shift, site)
                 if len(matrix) != d_head:
                     raise EditError(f'transform of "{site}" by width {len(matrix)}', expected=f"width {d_head}")
                 yield site, matrix, shift
-            case Scale(alpha=alpha):
+            case Scale() if not edit.missing:
+                alpha = torch.as_tensor(of_site(edit.alpha, site)).detach()
+                if list(alpha.shape) not in ([], [1], [d_head]):
+                    raise EditError(
+                        f'scale of "{site}" by shape {list(alpha.shape)}, in the weights',
+                        expected=f"a number, or [{d_head}]",
+                    )
                 yield site, alpha * torch.eye(d_head), None
             case Ablate(mode="zero"):
                 yield site, torch.zeros(d_head, d_head), None
