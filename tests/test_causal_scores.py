@@ -265,3 +265,26 @@ def test_sahara_elsewhere(places, family):
     )
     assert far.meta["group"] == own.meta["group"]
     assert numbers(far) == pytest.approx(numbers(own), abs=0.02)
+
+
+@pytest.mark.real_model
+def test_induction_heads_help_on_repeated_tokens(smollm2):
+    from mechkit.heads.repeated import repeated_tokens
+
+    prompts = repeated_tokens(smollm2, n=1, length=16)
+    run = smollm2.run(prompts, record=[f"{layer}.0.pattern" for layer in range(30)])
+    width = prompts.shape[1]
+    query = torch.arange(width - 16, width)
+    induction = {str(head): float(run[f"{head}.pattern"][:, query, query - 15].mean()) for head in smollm2.heads()}
+    best = sorted(induction, key=lambda head: -induction[head])[:3]
+    assert induction[best[2]] > 0.3
+    scores = leave_one_out(smollm2, prompts, ablation="uniform", heads=best, progress=False)
+    assert (scores.frame.score > 0).all()
+    literal = by_edits_of(smollm2, prompts, best)
+    assert numbers(scores) == pytest.approx(literal, abs=1e-4)
+
+
+def by_edits_of(model: mk.Model, prompts: torch.Tensor, heads: list[str]) -> list[float]:
+    runs = [model.run(prompts, edits=edits).logits for edits in ([], *([mk.ablate(one, "uniform")] for one in heads))]
+    base, *out = (torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1), prompts[:, 1:].flatten()) for x in runs)
+    return [float(one - base) for one in out]
