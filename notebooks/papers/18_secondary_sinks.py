@@ -180,4 +180,5 @@ summary
 # %% [markdown]
 # The primary sink is made as the paper says of sinks, by one MLP in the middle of the model, at whatever token comes
 # first. That no secondary sinks are found says little: texts are of forty tokens, and the paper's come out of long
-# reasoning in larger models.
+# reasoning in larger models; and a token whose norm is as large as the first one's in early layers only, as the dashed
+# line shows there is, does not count as one.
