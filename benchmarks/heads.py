@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 import mechkit as mk
-from mechkit.heads.attention import IN_ONE_PASS
-from mechkit.heads.looking import LINEAR, Seen, weights
-from mechkit.heads.repeated import repeated_tokens
+from mechkit.head_scores.attention import IN_ONE_PASS
+from mechkit.head_scores.looking import LINEAR, Seen, weights
+from mechkit.head_scores.repeated import repeated_tokens
 
 from . import measure
 

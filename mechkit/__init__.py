@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from .fitting.fit import Fit, fit
     from .fitting.select import Selection, select
     from .graph import Edge, Graph, edge
-    from .heads.repeated import repeated_tokens
-    from .heads.score import score
-    from .heads.top_heads import top_heads
-    from .heads.vectors import steering_vectors, task_vectors
+    from .head_scores.needles import needles
+    from .head_scores.repeated import repeated_tokens
+    from .head_scores.score import score
+    from .head_scores.top_heads import top_heads
+    from .head_scores.vectors import steering_vectors, task_vectors
     from .model import Model
     from .patching.activation import patch
     from .patching.edges import edges
@@ -88,9 +89,10 @@ _HOMES = {
     "edges": "patching.edges",
     "path_patch": "patching.path",
     "Scores": "results",
-    "score": "heads.score",
-    "task_vectors": "heads.vectors",
-    "steering_vectors": "heads.vectors",
+    "score": "head_scores.score",
+    "needles": "head_scores.needles",
+    "task_vectors": "head_scores.vectors",
+    "steering_vectors": "head_scores.vectors",
     "compare_groups": "evidence.groups",
     "GroupComparison": "evidence.groups",
     "select": "fitting.select",
@@ -99,8 +101,8 @@ _HOMES = {
     "Fit": "fitting.fit",
     "EditEvaluation": "evidence.edit_evaluation",
     "evaluate": "evidence.evaluate",
-    "repeated_tokens": "heads.repeated",
-    "top_heads": "heads.top_heads",
+    "repeated_tokens": "head_scores.repeated",
+    "top_heads": "head_scores.top_heads",
     "redistribute": "edits",
     "gate": "edits",
     "inject": "edits",
@@ -185,6 +187,7 @@ __all__ = [
     "load",
     "metrics",
     "minimality",
+    "needles",
     "patch",
     "patch_in",
     "path_patch",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
 
-    from .heads.agreement import Agreement
+    from .head_scores.agreement import Agreement
     from .view.scores_view import ScoresView
     from .view.widget import LiveView
 
@@ -185,7 +185,7 @@ class Scores(Table):
             OptionError: fewer than three sites in common, or k outside their number.
             RankingError: one of them ranks nothing.
         """
-        from .heads.agreement import agreement
+        from .head_scores.agreement import agreement
 
         return agreement(self, other, k, seed)
 

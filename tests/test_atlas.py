@@ -11,7 +11,7 @@ from reference import representation as literal
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.heads.atlas import PatternAtlas, _pictures, atlas, grouped, picture
+from mechkit.head_scores.atlas import PatternAtlas, _pictures, atlas, grouped, picture
 
 SHAPES = ("diagonal", "previous", "first", "uniform", "induction")
 

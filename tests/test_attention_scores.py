@@ -10,12 +10,12 @@ from reference import attention as reference
 
 import mechkit as mk
 from mechkit.errors import OptionError, PromptError, RankingError
-from mechkit.heads.attention import NAMES
-from mechkit.heads.looking import LINEAR, Seen, weights
-from mechkit.heads.pattern_metrics import entropy, shapes, singular
-from mechkit.heads.repeated import repeated_tokens
-from mechkit.heads.score import HOWS, function
-from mechkit.heads.token_curves import fai, waad
+from mechkit.head_scores.attention import NAMES
+from mechkit.head_scores.looking import Seen, weights
+from mechkit.head_scores.pattern_metrics import entropy, shapes, singular
+from mechkit.head_scores.repeated import repeated_tokens
+from mechkit.head_scores.score import HOWS, function
+from mechkit.head_scores.token_curves import fai, waad
 
 SPAN = (1, 4)
 

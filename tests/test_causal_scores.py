@@ -11,9 +11,9 @@ from reference.ablations import divergence, largest_angle, mean_loss, without
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.heads.causal import leave_one_out, ships
-from mechkit.heads.greedy_group import largest_angle as angle_of
-from mechkit.heads.greedy_group import sahara
+from mechkit.head_scores.causal import leave_one_out, ships
+from mechkit.head_scores.greedy_group import largest_angle as angle_of
+from mechkit.head_scores.greedy_group import sahara
 
 SOME = ("gpt2", "llama", "gemma2", "neox", "mistral")
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
@@ -98,7 +98,7 @@ def test_metrics_of_the_whole_vocabulary_and_prompts_of_several_lengths(metric):
 def test_padding_is_not_counted():
     model = tiny("gemma2")
     task = mk.Task.join([tiny_task(2, 9, seed=1), tiny_task(2, 8, seed=2)])
-    from mechkit.heads.causal import _measured
+    from mechkit.head_scores.causal import _measured
 
     every = tuple(model.heads())
     base, values = _measured(model, "loss", task.clean, task.lengths, every, "uniform", 0.0, None, None, False)
@@ -269,7 +269,7 @@ def test_sahara_elsewhere(places, family):
 
 @pytest.mark.real_model
 def test_induction_heads_help_on_repeated_tokens(smollm2):
-    from mechkit.heads.repeated import repeated_tokens
+    from mechkit.head_scores.repeated import repeated_tokens
 
     prompts = repeated_tokens(smollm2, n=1, length=16)
     run = smollm2.run(prompts, record=[f"{layer}.0.pattern" for layer in range(30)])

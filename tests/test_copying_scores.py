@@ -9,7 +9,7 @@ from families import VOCAB, tiny, tiny_task
 
 import mechkit as mk
 from mechkit import errors, planted
-from mechkit.heads.copying import copying, drawn
+from mechkit.head_scores.copying import copying, drawn
 
 
 @pytest.mark.parametrize("effective", [True, False])

@@ -12,7 +12,7 @@ from reference.patching import value_of
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.heads.direct import direct
+from mechkit.head_scores.direct import direct
 
 FINAL_CAP = ("gemma2",)
 

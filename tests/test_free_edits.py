@@ -15,7 +15,7 @@ from mechkit.backends.gradients import plain_tensors, without_parameters
 from mechkit.backends.lens import local_backend
 from mechkit.backends.window import Window
 from mechkit.errors import EditError
-from mechkit.heads.top_heads import top_heads
+from mechkit.head_scores.top_heads import top_heads
 
 
 def fittable(model: mk.Model) -> list[e.Edit]:

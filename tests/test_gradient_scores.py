@@ -11,8 +11,8 @@ from reference.gradients import gates, loss, query_norms
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.heads.causal import leave_one_out
-from mechkit.heads.gradient import fisher, gate_gradient
+from mechkit.head_scores.causal import leave_one_out
+from mechkit.head_scores.gradient import fisher, gate_gradient
 
 
 def ids(n: int = 3, length: int = 9) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_in_a_linear_model_the_slope_is_all():
 
 
 def test_padding_is_not_counted():
-    from mechkit.heads.gradient import _measured
+    from mechkit.head_scores.gradient import _measured
 
     model, task = tiny("gemma2"), mk.Task.join([tiny_task(2, 9, seed=1), tiny_task(2, 8, seed=2)])
     for what, score in (("gate", gate_gradient), ("query", fisher)):

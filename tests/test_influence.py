@@ -11,7 +11,7 @@ from reference.ablations import mean_loss, without
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.heads.influence import Influence, attention_influence, token_loss
+from mechkit.head_scores.influence import Influence, attention_influence, token_loss
 
 OUT = [(0, 1), (1, 2), (1, 3)]
 

@@ -18,7 +18,7 @@ import mechkit as mk
 from mechkit import edits as e
 from mechkit.errors import EditError, OptionError, SiteError
 from mechkit.generate import _of_rows
-from mechkit.heads.top_heads import top_heads
+from mechkit.head_scores.top_heads import top_heads
 
 FAMILIES = ("gpt2", "llama", "gemma2", "neox", "gpt-oss", "mistral")
 some_families = pytest.mark.parametrize("family", FAMILIES)

@@ -11,10 +11,10 @@ from reference import representation as literal
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.heads.divergence import apart, divergence, token_divergence
-from mechkit.heads.redundancy import merged, redundancy
-from mechkit.heads.semantic import kept, roles, semantic_distance
-from mechkit.heads.similarity import MEASURES, alike_by_kernels, similarity
+from mechkit.head_scores.divergence import apart, divergence, token_divergence
+from mechkit.head_scores.redundancy import merged, redundancy
+from mechkit.head_scores.semantic import kept, roles, semantic_distance
+from mechkit.head_scores.similarity import MEASURES, alike_by_kernels, similarity
 
 FAMILIES = ("gpt2", "llama", "gemma2", "neox", "granite")
 
@@ -296,7 +296,7 @@ def test_duplicates_are_redundant_and_merge_for_nothing():
     assert table.loc[["1.0", "1.1"], "score"].to_numpy() == pytest.approx(1, abs=1e-4)
     assert table.drop(["1.0", "1.1"])["score"].eq(0).all()
     assert table.loc["1.0", "cluster"] == table.loc["1.1", "cluster"] == 0
-    costs = merged(model, task, found)
+    costs = merged(model, task, clusters=found)
     assert len(costs) == 1
     assert costs.frame["score"].iloc[0] == pytest.approx(0, abs=1e-5)
     logits = model.run(task).logits[:, :-1]
@@ -309,7 +309,7 @@ def test_merging_is_giving_each_the_mean(family):
     model, task = tiny(family), tiny_task(n=3)
     found = redundancy(model, task, clusters=2)
     assert found.frame.groupby("layer")["cluster"].nunique().eq(2).all()
-    costs = merged(model, task, found).frame
+    costs = merged(model, task, clusters=found).frame
     assert costs["layer"].tolist()[:-1] == [0, 1, 2]
     # The last layer alone: its z is the unedited run's, so that a patch of means is the same.
     z = model.run(task, record=[str(one) for one in model.heads() if one.layer == 2])
@@ -339,7 +339,7 @@ def test_similarity_elsewhere(both):
     for of in ("output", "pattern", "ov", "k"):
         ours, theirs = (similarity(one, task, of=of) for one in both)
         assert ours.frame["score"].to_numpy() == pytest.approx(theirs.frame["score"].to_numpy(), abs=1e-4)
-    ours, theirs = (merged(one, task, redundancy(one, task, clusters=2)) for one in both)
+    ours, theirs = (merged(one, task, clusters=redundancy(one, task, clusters=2)) for one in both)
     assert ours.frame["score"].to_numpy() == pytest.approx(theirs.frame["score"].to_numpy(), abs=1e-4)
 
 
@@ -354,9 +354,13 @@ def test_similarity_elsewhere(both):
         (lambda m, t: similarity(m, torch.tensor([[5]])), errors.PromptError, "at least two"),
         (lambda m, t: redundancy(m, t, clusters=5), errors.OptionError, "clusters = 5"),
         (lambda m, t: redundancy(m, t, threshold=2), errors.OptionError, "threshold = 2"),
-        (lambda m, t: merged(m, t, redundancy(m, t, clusters=4)), errors.OptionError, "one head each"),
-        (lambda m, t: merged(m, t, semantic_distance(m, t)), errors.OptionError, "a column cluster"),
-        (lambda m, t: merged(m, torch.tensor([[5]]), redundancy(m, t, clusters=1)), errors.PromptError, "one token"),
+        (lambda m, t: merged(m, t, clusters=redundancy(m, t, clusters=4)), errors.OptionError, "one head each"),
+        (lambda m, t: merged(m, t, clusters=semantic_distance(m, t)), errors.OptionError, "a column cluster"),
+        (
+            lambda m, t: merged(m, torch.tensor([[5]]), clusters=redundancy(m, t, clusters=1)),
+            errors.PromptError,
+            "one token",
+        ),
     ],
 )
 def test_bad_similarity(call, kind, told):

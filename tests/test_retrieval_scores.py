@@ -10,8 +10,8 @@ from families import VOCAB, tiny, tiny_task
 
 import mechkit as mk
 from mechkit import errors, planted
-from mechkit.heads.needles import Needle, Placed, needles
-from mechkit.heads.retrieval import copied_positions, retrieval
+from mechkit.head_scores.needles import Needle, Placed, needles
+from mechkit.head_scores.retrieval import copied_positions, retrieval
 
 FAMILIES = ("gpt2", "llama", "gemma2", "neox", "mistral")
 

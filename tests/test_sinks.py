@@ -13,8 +13,8 @@ from reference import representation as literal
 
 import mechkit as mk
 from mechkit import errors
-from mechkit.heads.massive import massive_dims
-from mechkit.heads.sinks import _seen, labelled, received, sink_layers, sinks
+from mechkit.head_scores.massive import massive_dims
+from mechkit.head_scores.sinks import _seen, labelled, received, sink_layers, sinks
 
 FAMILIES = ("gpt2", "llama", "gemma2", "neox", "opt")
 L, FIRST, LAST = 20, 3, 18
@@ -177,7 +177,7 @@ def test_the_same_elsewhere(family, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_saved_and_loaded(suffix, tmp_path):
-    from mechkit.heads.sinks import SinkTokens
+    from mechkit.head_scores.sinks import SinkTokens
 
     table = sinks(tiny("llama"), tiny_task(), cosine=0.3)
     again = SinkTokens.load(table.save(tmp_path / f"sinks{suffix}"))

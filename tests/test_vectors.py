@@ -11,9 +11,9 @@ from reference import representation as literal
 
 import mechkit as mk
 from mechkit import errors, planted
-from mechkit.heads.passes import head_vectors
-from mechkit.heads.probe import probe, told_right
-from mechkit.heads.vectors import differences, steering_vectors, task_vectors
+from mechkit.head_scores.passes import head_vectors
+from mechkit.head_scores.probe import probe, told_right
+from mechkit.head_scores.vectors import differences, steering_vectors, task_vectors
 
 FAMILIES = ("gpt2", "llama", "gemma2", "neox")
 

@@ -101,7 +101,7 @@ def redundancy(
     return Scores(table.frame.assign(cluster=labels[at]), table.unit, table.meta)
 
 
-def merged(model: Model, data: Prompts, clusters: Scores) -> MergedHeads:
+def merged(model: Model, data: Prompts, *, clusters: Scores) -> MergedHeads:
     """What it costs that heads of a cluster put out the same, the mean of all.
 
     Args:

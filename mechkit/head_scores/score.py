@@ -41,6 +41,7 @@ OTHERS = {
     "copying": "copying.copying",
     "atlas": "atlas.atlas",
     "redundancy": "redundancy.redundancy",
+    "merged": "redundancy.merged",
     "similarity": "similarity.similarity",
 }
 HOWS = (*NAMES, *OTHERS)
@@ -57,9 +58,9 @@ def score(model: Model, data: Any = None, how: str | Sequence[str] = "induction"
         model: whose heads.
         data: prompts, ids or a task, as the score needs; None where it needs none, and of the scores of patterns for
             random tokens that are repeated.
-        how: the score's name (see ``mechkit.heads.score.HOWS``); several, to be measured together as far as possible;
-            or ``"attention"``, all that one pass over the patterns gives.
-        options: of that score; ``help(mechkit.heads.score.function("induction"))`` tells them.
+        how: the score's name (of ``mechkit.head_scores.score.HOWS``); several, to be measured together as far as can
+            be; or ``"attention"``, all that one pass over the patterns gives.
+        options: of that score; ``help(mechkit.head_scores.score.function("induction"))`` tells them.
 
     Returns:
         One table; of several names a dictionary of them by name.
