@@ -92,8 +92,11 @@ sahara = {
 by_sahara = list(sahara["samples"].top(K).site)
 pd.DataFrame({side: list(one.top(K).site) for side, one in sahara.items()} | {"Ships": by_ships})
 
+# %% [markdown]
+# Do they agree? Both on refused questions alone.
+
 # %%
-agree = {side: contrast.compare(one, k=10) for side, one in sahara.items()}
+agree = {side: ships.compare(one, k=10) for side, one in sahara.items()}
 sides = sahara["samples"].compare(sahara["features"], k=10)
 for name, one in {**{f"Ships and {side}": one for side, one in agree.items()}, "both sides": sides}.items():
     print(f"{name}: {one}")
@@ -161,10 +164,10 @@ rows.append(
         "claim": "Ships and Sahara find the same heads",
         "the paper reports": "some heads are found by both",
         "this model shows": f"{agree['samples'].shared} of the top 10 the same (samples), {agree['features'].shared} "
-        "(features)",
+        f"(features); ranks correlate {agree['samples'].rho:.2f} and {agree['features'].rho:.2f}",
         "control": f"by chance {sides.by_chance:.1f}; the two sides of Sahara share {sides.shared}",
         "reproduced": "yes"
-        if agree["samples"].p < 0.05 and agree["features"].p < 0.05
+        if all(one.p < 0.05 and one.rho > 0 for one in agree.values())
         else "partly"
         if min(one.p for one in agree.values()) < 0.05
         else "no",
@@ -174,7 +177,7 @@ summary = pd.DataFrame(rows)
 summary
 
 # %% [markdown]
-# One head of Ships, and more so a group, carries a good part of the refusal on questions that it was not found on, far
-# beyond random heads; but most of that is a general leaning towards No, since allowed questions lose nearly as much.
-# Heads that turn the main direction of the questions, as Sahara asks, need not be heads that refuse. A rule in one
-# line of the prompt is no safety training.
+# The heads that Ships puts first carry a good part of the refusal on questions that they were not found on, far beyond
+# random heads, but much of it is a general leaning towards No, since allowed questions lose part of it as well; the
+# heads that turn the main direction of the questions, as Sahara has it, need not be heads that refuse. A rule in one
+# line of a prompt is no safety training, and a small model follows it only by degrees.
