@@ -181,6 +181,8 @@ class Scores(Table):
     def compare(self, other: Scores, k: int = 10, seed: int = 0) -> Agreement:
         """How far two scores of the same heads agree: rank correlation and how many of the top k they share.
 
+        Ranks are of scores with their signs, the top k of their sizes: where signs matter, they can tell two stories.
+
         Raises:
             OptionError: fewer than three sites in common, or k outside their number.
             RankingError: one of them ranks nothing.

@@ -145,7 +145,7 @@ def head_scores(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
 
 def edits(far: mk.Model, own: mk.Model, task: mk.Task) -> None:
     heads = [str(one) for one in own.heads()]
-    vectors = mk.task_vectors(own, task, heads[:2])
+    vectors = mk.task_vectors(own, task, heads=heads[:2])
     for edit in (
         mk.attend(heads[1], bias=-1.0, keys=0),
         mk.attend(heads[1], median=1.0, keys=1),

@@ -188,6 +188,9 @@ def test_only_countries_that_the_model_knows():
     assert set(ready.words_at(task, "X1")) <= knows
     assert task.meta["countries"] == len(knows)
     assert {country: CAPITALS[country] for country in sorted(knows)} == mk.tasks.known_capitals(told)
+    assert mk.tasks.known_capitals(told, surest=2).items() <= mk.tasks.known_capitals(told).items()
+    with pytest.raises(OptionError, match="surest = 0"):
+        mk.tasks.known_capitals(told, surest=0)
 
 
 def test_countries_kept_apart_share_nothing():

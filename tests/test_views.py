@@ -202,3 +202,13 @@ def test_order_by_score_needs_scores(model, scores):
     with pytest.raises(errors.OptionError, match="scores="):
         plain.order = "score"
     mk.view.attention(model, PROMPTS[:1], scores=scores).order = "score"
+
+
+@pytest.mark.parametrize(
+    ("value", "largest", "text"),
+    [(0.25, 1.0, ".25"), (-0.25, 1.0, "-.25"), (30.25, 31.0, "30.2"), (-10.33, 12.0, "-10.3"), (0.0123, 0.05, ".012")],
+)
+def test_numbers_in_cells_are_short_and_right(value, largest, text):
+    from mechkit.view.figures import _short
+
+    assert _short(value, largest) == text

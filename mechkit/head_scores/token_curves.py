@@ -5,7 +5,8 @@
 2. WAAD of token t, over the local heads: ``sum over s of A[t, s] min(t - s, 10)``. High where a query leaves its
    neighbourhood.
 3. FAI of token s, over the global heads: the mean of ``A[t, s]`` over the queries t of the response that come 10 to 50
-   tokens later. High where later tokens come back to it. The first token, which most heads use as a sink, gets 0.
+   tokens later. High where later tokens come back to it. The first token, which most heads use as a sink, gets 0, and
+   so do the last ten, which no query comes late enough to look back to: that says nothing of them.
 
 arXiv 2510.13554, section 3; its window and horizons were not told there and are a choice made here.
 """

@@ -120,17 +120,21 @@ def capitals_conflict(
     )
 
 
-def known_capitals(model: Model, known: bool = True) -> dict[str, str]:
+def known_capitals(model: Model, known: bool = True, surest: int | None = None) -> dict[str, str]:
     """Countries that ``capitals_conflict`` can use of a model, with their capitals, in alphabetical order.
 
     Args:
         model: its tokenizer, and what it knows.
         known: only countries whose capital the model gives when nothing is stated.
+        surest: only so many of these, those whose own capital's logit is furthest above every other capital's.
 
     Raises:
+        OptionError: fewer than 1, or ``surest`` without ``known``.
         TaskError: as of ``capitals_conflict``.
     """
-    return dict(sorted(_usable(model, known)[0].items()))
+    if surest is not None and (surest < 1 or not known):
+        raise OptionError(f"surest = {surest}, known = {known}", expected="a number from 1, of known countries")
+    return dict(sorted(list(_usable(model, known)[0].items())[:surest]))
 
 
 def _usable(model: Model, known: bool) -> tuple[dict[str, str], dict[str, int]]:
@@ -146,16 +150,16 @@ def _filled(country: str, city: str) -> tuple[str, dict[str, int]]:
 
 
 def _known(model: Model, capital: dict[str, str], cities: dict[str, int]) -> dict[str, str]:
-    """The countries whose own capital has the largest logit of all capitals."""
+    """The countries whose own capital has the largest logit of all capitals, the surest first."""
     prompts = model.tokens([written(QUESTION, X2=country, X3=country)[0] for country in capital])
     lengths = torch.tensor([len(model.tokens(written(QUESTION, X2=c, X3=c)[0])[0]) for c in capital])
     columns = torch.tensor(list(dict.fromkeys(cities[city] for city in capital.values())))
-    best = columns[model.read(prompts, lengths - 1, columns.expand(len(prompts), -1)).argmax(-1).cpu()]
-    found = {
-        country: city
-        for (country, city), token in zip(capital.items(), best.tolist(), strict=True)
-        if cities[city] == token
-    }
+    logits = model.read(prompts, lengths - 1, columns.expand(len(prompts), -1)).float().cpu()
+    own = columns == torch.tensor([cities[city] for city in capital.values()])[:, None]
+    margin = logits[own] - logits.masked_fill(own, float("-inf")).max(-1).values
+    order = [i for i in margin.argsort(descending=True, stable=True).tolist() if margin[i] > 0]
+    every = list(capital.items())
+    found = dict(every[i] for i in order)
     if len(found) < 2:
         raise TaskError(
             f"{model.name} knows the capital of {len(found)} of {len(capital)} countries",

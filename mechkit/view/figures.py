@@ -6,6 +6,7 @@ on both sides; attention is one hue. Numbers that matter are printed, never only
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ def site_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
         if np.isnan(grid[row, layer]):
             continue
         colour = "white" if abs(grid[row, layer]) > 0.6 * limit else "black"
-        text = f"{grid[row, layer]:.{2 if limit > 0.1 else 3}f}".replace("0.", ".")
+        text = _short(float(grid[row, layer]), limit)
         axes.text(layer, row, text, ha="center", va="center", fontsize=6.5, color=colour)
     for layer, head in mark:
         axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.4))
@@ -71,6 +72,12 @@ def site_map(scores: Scores, mark: Sequence[tuple[int, int]] = ()) -> Figure:
     bar.ax.tick_params(labelsize=8 if rows > 5 else 6)
     bar.outline.set_visible(False)  # type: ignore[operator]
     return figure
+
+
+def _short(value: float, largest: float) -> str:
+    """A number for a cell: with fewer decimals where numbers are large, and no zero before the point."""
+    decimals = 3 if largest <= 0.1 else 2 if largest < 10 else 1 if largest < 100 else 0
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{decimals}f}")
 
 
 def faithfulness_curve(evaluation: Evaluation) -> Figure:
