@@ -327,3 +327,12 @@ def test_choices_are_sent(tmp_path):
     for made in (metrics.choice_mass(torch.arange(3, VOCAB - 50)), metrics.choice_accuracy(rows, task)):
         measured_there, measured_here = (measured(one, task.with_metric(made), [], False) for one in (far, own))
         assert torch.allclose(measured_there, measured_here, atol=1e-5)
+
+
+def test_an_edit_of_the_last_position_has_no_side_effect_to_see():
+    model, task = tiny("llama"), _task()
+    found = evaluate(
+        model, task, mk.scale("1.0", 0.0, positions=-1), controls=0, neutral=task.clean[:2], progress=False
+    )
+    assert found.loss is None
+    assert any("last position" in note for note in found.notes)

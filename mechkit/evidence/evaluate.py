@@ -195,6 +195,9 @@ def _prompts(task: Task) -> list[tuple[int, ...]]:
 def _loss(
     model: Model, edits: Sequence[Edit], neutral: str | Sequence[str] | Tensor | None, notes: list[str]
 ) -> tuple[float, float] | None:
+    if all(edit.positions == (-1,) for edit in edits):
+        notes.append("No side effect: the edit is at the last position alone, which no next token is known of.")
+        return None
     if neutral is None and model.tokenizer is None:
         notes.append("No side effect: the model has no tokenizer, and no neutral text was given.")
         return None
