@@ -99,7 +99,7 @@ def attention(edits=()):
 
 
 assert torch.allclose(model.run(held_out, edits=[look(kept, bias=0.0)]).logits, model.run(held_out).logits, atol=1e-3)
-tries = {"median, as in the paper": look(kept, median=1.0), "minus the median": look(kept, median=-1.0)}
+tries = {"median": look(kept, median=1.0), "minus the median": look(kept, median=-1.0)}
 tries |= {"bias log 4": look(kept, bias=math.log(4))}
 shares = pd.DataFrame({"none": attention(), **{name: attention([edit]) for name, edit in tries.items()}})
 shares.plot.box(figsize=(6, 2.6), ylabel="attention to the cited rule")
@@ -130,7 +130,7 @@ def told(name):
     }
 
 
-MEDIAN, BIAS = "median, as in the paper", "bias log 4"
+MEDIAN, BIAS = "median", "bias log 4"
 looked = shares.mean()
 by_heads = {name: (shares[name] > shares["none"]).mean() for name in (MEDIAN, BIAS)}
 summary = pd.DataFrame(
