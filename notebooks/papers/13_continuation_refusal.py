@@ -103,7 +103,7 @@ for i, name in enumerate(groups):
     ax.plot([0, 0.5, 1, 1.5, 2], [*effects[:2], 0, *effects[2:]], marker="o", label=name)
 ax.axhline(0, color="grey", linewidth=0.5)
 ax.set(xlabel="alpha", ylabel="change of the refusal, logits")
-ax.legend()
+ax.legend(loc="center left")
 plt.show()
 
 # %% [markdown]
