@@ -62,7 +62,7 @@ circuit.scores.plot()
 circuit.frame[["site", "score", "se"]].round(2)
 
 # %% [markdown]
-# Red heads work for the behaviour, blue heads against it. Where does the strongest one look, from the last word?
+# Blue heads work for the behaviour, orange ones against it. Where does the strongest one look, from the last word?
 
 # %%
 head = next(iter(circuit.heads))
