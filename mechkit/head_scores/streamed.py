@@ -1,7 +1,6 @@
 """Patterns seen once, layer by layer, and never kept.
 
-1. Prompts run in batches small enough that one layer's patterns are small; the run ends at the last layer's patterns,
-   so that nothing is unembedded.
+1. Prompts run in batches of about one length, as many as memory allows, and nothing is unembedded (``passes``).
 2. At each layer all weighted sums are one product of the patterns with the weights of all scores. The other numbers
    are taken from the same patterns one after the other. Then the patterns are gone.
 """
@@ -9,22 +8,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from ..backends.branches import Enough
 from ..backends.elsewhere import where_the_model_is
 from ..backends.hooks import Function
 from ..backends.lens import local_backend
 from ..backends.window import Key
 from ..model import Model
 from .looking import LINEAR, Seen, weights
+from .passes import pattern_numbers, run_past
 from .pattern_metrics import SHAPES, SINGULAR, entropy, shapes, singular
 from .places import real_mask
 
-_NUMBERS = 1 << 24  # of one layer's patterns: 64 MB
 TOKENS = ("waad", "fai")
 NEAR, SOON, LATE = 10, 10, 50  # W, H_lo and H_hi of WAAD and FAI
 
@@ -55,27 +52,28 @@ def streamed(
     """
     backend = local_backend(model, "Patterns of")
     info, device = backend.info, torch.device(backend.info.device)
-    width = tokens.shape[1]
-    at_once = max(1, _NUMBERS // (info.n_heads * width * width))
-    found: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(info.n_layers)] for name in names}
-    for start in range(0, len(tokens), at_once):
-        some = slice(start, start + at_once)
-        seen = Seen(tokens[some].to(device), queries[some].to(device), None if span is None else span[some].to(device))
-        measure = _Measure(seen, lengths[some].to(device), names, threshold)
+    shape = (info.n_layers, info.n_heads, len(tokens))
+    found = {name: torch.zeros(*shape, *tokens.shape[1:] if name in TOKENS else ()) for name in names}
 
-        def at(layer: int, measure: _Measure = measure) -> Function:
+    def listen(rows: Tensor) -> dict[Key, Function]:
+        width = int(lengths[rows].max())
+        keys = None if span is None else span[rows, :width].to(device)
+        seen = Seen(tokens[rows, :width].to(device), queries[rows, :width].to(device), keys)
+        measure = _Measure(seen, lengths[rows].to(device), names, threshold)
+
+        def at(layer: int) -> Function:
             def function(pattern: Tensor) -> None:
                 for name, values in measure(pattern).items():
-                    found[name][layer].append(values.cpu())
-                if layer == info.n_layers - 1:
-                    raise Enough
+                    there = found[name][layer]
+                    there = there[..., :width] if name in TOKENS else there
+                    there[:, rows] = values.transpose(0, 1).cpu()
 
             return function
 
-        functions: dict[Key, Function] = {("pattern", layer): at(layer) for layer in range(info.n_layers)}
-        with backend.hooks(functions), suppress(Enough):
-            backend.body(seen.tokens, use_cache=False)
-    return {name: torch.stack([torch.cat(parts).transpose(0, 1) for parts in layers]) for name, layers in found.items()}
+        return {("pattern", layer): at(layer) for layer in range(info.n_layers)}
+
+    run_past(backend, tokens, lengths, pattern_numbers(info, lengths), listen)
+    return found
 
 
 class _Measure:
