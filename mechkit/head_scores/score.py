@@ -72,16 +72,16 @@ def score(model: Model, data: Any = None, how: str | Sequence[str] = "induction"
     if isinstance(how, str) and how != "attention":
         name = named(how)
         if name in NAMES:
-            return _called(attention_scores, [name], model, data, [name], **options)[name]
-        return _called(function(name), [name], model, data, **options)
+            return _called(attention_scores, name, model, data, [name], **options)[name]
+        return _called(function(name), name, model, data, **options)
+    if how != "attention" and not isinstance(how, Sequence):
+        raise OptionError(f"how = {how!r}", expected="a score's name, or several", fix=_known())
     names = list(IN_ONE_PASS) if how == "attention" else list(dict.fromkeys(named(one) for one in how))
     if not names:
         raise OptionError("No score", expected="names of scores", fix=_known())
     patterns = [name for name in names if name in NAMES]
-    calls: dict[str, tuple[Callable[..., Any], list[Any]]] = {
-        name: (function(name), []) for name in names if name not in NAMES
-    }
-    taken = {option for call, _ in calls.values() for option in _options(call)}
+    calls = {name: function(name) for name in names if name not in NAMES}
+    taken = {option for call in calls.values() for option in _options(call)}
     if patterns:
         taken |= _options(attention_scores)
     if odd := set(options) - taken:
@@ -90,8 +90,9 @@ def score(model: Model, data: Any = None, how: str | Sequence[str] = "induction"
     if patterns:
         own = {key: value for key, value in options.items() if key in _options(attention_scores)}
         found |= attention_scores(model, data, patterns, **own)
-    for name, (call, _) in calls.items():
-        found[name] = call(model, data, **{key: value for key, value in options.items() if key in _options(call)})
+    for name, call in calls.items():
+        own = {key: value for key, value in options.items() if key in _options(call)}
+        found[name] = _called(call, name, model, data, **own)
     return {name: found[name] for name in names}
 
 
@@ -128,11 +129,15 @@ def _options(call: Callable[..., Any]) -> set[str]:
     return {one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _called(call: Callable[..., Any], names: Sequence[str], *args: Any, **options: Any) -> Any:
+def _called(call: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
     if odd := set(options) - _options(call):
         raise OptionError(
-            f"The option {sorted(odd)[0]!r} of {names[0]}", expected=", ".join(sorted(_options(call))) or "no options"
+            f"The option {sorted(odd)[0]!r} of {name}", expected=", ".join(sorted(_options(call))) or "no options"
         )
+    parameters = inspect.signature(call).parameters.values()
+    needed = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
+    if missing := [one for one in needed if one not in options]:
+        raise OptionError(f"{name} without {missing[0]}", expected=", ".join(f"{one}=" for one in needed))
     return call(*args, **options)
 
 
