@@ -40,7 +40,7 @@ $(VENV)/.browser: $(VENV)/.dev
 	@touch $@
 
 browser: $(VENV)/.browser  ## the live views in JupyterLab, used in Chromium (which the system must have)
-	$(BIN)/python -m pytest tests/test_pages.py tests/test_access.py tests/test_lab.py tests/test_lab_views.py
+	$(BIN)/python -m pytest tests/test_pages.py tests/test_access.py tests/test_lab.py tests/test_lab_views.py $(BROWSER_ARGS)
 
 # NDIF's server needs Python 3.12, in an environment of its own.
 PYTHON312 ?= $(firstword $(shell for one in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python3.12; do \

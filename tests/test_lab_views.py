@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import pytest
-from browser.lab import CHROMIUM, Opened, opened, served, written
+from browser.lab import CHROMIUM, Opened, opened, scrolled_to, served, written
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser")
@@ -53,7 +53,7 @@ class Views:
     def keys(self, cell: int, box: str, *keys: str) -> None:
         """Press keys with the focus on something in a cell's output."""
         where = self.page.locator(".jp-CodeCell").nth(cell).locator(box).first
-        where.scroll_into_view_if_needed()
+        scrolled_to(where)
         where.focus()
         for key in keys:
             self.page.keyboard.press(key)
@@ -171,5 +171,5 @@ def test_every_action_by_keyboard(tmp_path):
         lab.go("again.ipynb")
         for number in range(LAST):
             cell = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell").nth(number)
-            cell.scroll_into_view_if_needed()
+            scrolled_to(cell)
             cell.locator(".jp-OutputArea-output img").wait_for(timeout=60_000)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -133,6 +133,19 @@ class Opened:
                 return notebook
             time.sleep(0.1)
         raise AssertionError("the notebook was not saved with its outputs")
+
+
+def scrolled_to(where: Any, tries: int = 5) -> None:
+    """Bring what a locator finds into view; JupyterLab may make the cell anew in the middle of it."""
+    from playwright.sync_api import Error
+
+    for left in reversed(range(tries)):
+        try:
+            where.scroll_into_view_if_needed()
+            return
+        except Error as error:
+            if not left or "not attached" not in str(error):
+                raise
 
 
 @contextmanager
