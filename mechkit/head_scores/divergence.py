@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from ..sites import SitesLike
 from ..tasks.task import Task
 from ..tasks.text import pad_right
 from .passes import head_vectors
-from .tables import about, head_scores
+from .tables import about, head_scores, token_scores
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -135,22 +134,10 @@ def token_divergence(
     at = torch.tensor([(one.layer, one.head) for one in chosen])
     scores = found[:, at[:, 0], at[:, 1]].topk(k, dim=1).values.mean(1)
     ids, first = pairs[0][0], len(pairs[0][0]) - len(scores)
-    places = range(first, len(ids))
-    frame = pd.DataFrame(
-        {
-            "position": places,
-            "token": [str(ids[i]) if model.tokenizer is None else model.to_text(ids[i]) for i in places],
-            "start": places,
-            "stop": [i + 1 for i in places],
-            "kind": "token",
-            "score": scores.double().numpy(),
-            "rest": 0.0,
-            "n": 1,
-        }
-    )
     shown: Any = given if span is not None or without is not None else [given[0][0]]
     meta = about(model, shown, "token_divergence", started, span=span, distance=distance, k=k)
-    return TokenScores(frame, f"{_UNITS[distance]}, mean of the top {k} heads", meta)
+    unit = f"{_UNITS[distance]}, mean of the top {k} heads"
+    return token_scores(model, None, ids, scores.double().numpy(), unit, meta, first=first)
 
 
 @where_the_model_is

@@ -24,7 +24,6 @@ from ..backends.change import functions_of
 from ..backends.elsewhere import where_the_model_is
 from ..backends.lens import local_backend
 from ..backends.window import Window
-from ..decomposition.token_spans import pieces_of
 from ..decomposition.tokens import TokenScores
 from ..edits import ablate
 from ..errors import OptionError, PromptError
@@ -36,7 +35,7 @@ from ..sites import Site, SitesLike
 from .ablation_runs import alike, known_ablation
 from .causal import batch_of, chosen_heads
 from .readings import need_next_tokens, token_losses
-from .tables import about
+from .tables import about, token_scores
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -169,25 +168,9 @@ def token_loss(
 def _of_tokens(model: Model, data: Any, i: int, ids: Tensor, losses: Tensor, meta: dict[str, Any]) -> TokenScores:
     """Scores of the tokens of one prompt ``[pos]`` from its losses without and with heads out ``[2, pos - 1]``."""
     text = data if isinstance(data, str) else data[i] if isinstance(data, Sequence) else None
-    if isinstance(text, str):
-        shown = pieces_of(model, text).shown
-    else:
-        shown = [str(one) if model.tokenizer is None else model.to_text(one) for one in ids.tolist()]
     base, masked = torch.nn.functional.pad(losses[:, : len(ids) - 1].double(), (1, 0)).numpy()
-    at = range(len(ids))
-    frame = pd.DataFrame(
-        {
-            "position": at,
-            "token": shown,
-            "start": at,
-            "stop": [one + 1 for one in at],
-            "kind": "token",
-            "score": masked - base,
-            "rest": base,
-            "n": [int(one > 0) for one in at],
-        }
-    )
-    return TokenScores(frame, "nats", {**meta, "text": text if isinstance(text, str) else "".join(shown)})
+    n = [int(one > 0) for one in range(len(ids))]
+    return token_scores(model, text, ids.tolist(), masked - base, "nats", meta, rest=base, n=n)
 
 
 @where_the_model_is

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from ..decomposition.token_spans import pieces_of
+from ..decomposition.tokens import TokenScores
 from ..results import Scores, model_provenance
 from ..sites import Site
 from ..tasks.task import Task
@@ -78,6 +80,49 @@ def head_scores(
         if metric is not None:
             frame["metric"] = metric.detach().double().cpu().numpy()[at[:, 0], at[:, 1]]
     return Scores(frame, unit, about(model, data, method, started, unranked, **options))
+
+
+def token_scores(
+    model: Model,
+    text: Any,
+    ids: Sequence[int],
+    score: np.ndarray,
+    unit: str,
+    meta: Mapping[str, Any],
+    *,
+    first: int = 0,
+    rest: np.ndarray | float = 0.0,
+    n: Sequence[int] | int = 1,
+) -> TokenScores:
+    """A row a token of one prompt.
+
+    Args:
+        model: whose tokens.
+        text: the prompt, where it is text; anything else: its tokens are decoded one by one.
+        ids: all of its tokens.
+        score, rest, n: numbers of the tokens from ``first`` on ``[tokens]``; of ``rest`` and ``n``, or one for all.
+        unit: of the score.
+        meta: provenance.
+        first: the first token that has a score.
+    """
+    if isinstance(text, str):
+        shown = pieces_of(model, text).shown
+    else:
+        shown = [str(one) if model.tokenizer is None else model.to_text(one) for one in ids]
+    at = np.arange(first, len(ids))
+    frame = pd.DataFrame(
+        {
+            "position": at,
+            "token": shown[first:],
+            "start": at,
+            "stop": at + 1,
+            "kind": "token",
+            "score": score,
+            "rest": rest,
+            "n": n,
+        }
+    )
+    return TokenScores(frame, unit, {**meta, "text": text if isinstance(text, str) else "".join(shown)})
 
 
 def about(

@@ -14,18 +14,16 @@ arXiv 2510.13554, section 3; its window and horizons were not told there and are
 from __future__ import annotations
 
 import time
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from torch import Tensor
 
-from ..decomposition.token_spans import pieces_of
 from ..decomposition.tokens import TokenScores
 from ..errors import OptionError, PromptError
 from ..prompts import as_batch
 from .places import Place, place_mask, real_mask
 from .streamed import LATE, NEAR, SOON, streamed
+from .tables import about, token_scores
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -83,34 +81,9 @@ def _curve(model: Model, data: Any, name: str, response: Place | None, share: fl
     values = found[name][:, :, 0].flatten(0, 1)[heads].mean(0)
     if name == "fai":
         values[:skip_first] = 0.0
-    ids = tokens[0].tolist()
-    shown = pieces_of(model, data).shown if isinstance(data, str) else [_shown(model, i) for i in ids]
-    at = range(len(ids))
-    frame = pd.DataFrame(
-        {
-            "position": at,
-            "token": shown,
-            "start": at,
-            "stop": [i + 1 for i in at],
-            "kind": "token",
-            "score": values.double().numpy(),
-            "rest": 0.0,
-            "n": count,
-        }
-    )
-    meta = {
-        "model": model.name,
-        "source": model.source,
-        "weights": model.weights_hash,
-        "text": data if isinstance(data, str) else "".join(shown),
-        "method": name,
+    told = {
         "heads": [str(list(model.heads())[i]) for i in heads.tolist()],
-        "options": {"share": share, "window": NEAR, "horizon": (SOON, LATE), "skip_first": skip_first},
-        "versions": {key: version(package) for key, package in (("mechkit", "mechkit-interp"), ("torch", "torch"))},
-        "seconds": round(time.perf_counter() - started, 2),
+        **about(model, data, name, started, share=share, window=NEAR, horizon=(SOON, LATE), skip_first=skip_first),
     }
-    return TokenScores(frame, "tokens back" if name == "waad" else "share of later attention", meta)
-
-
-def _shown(model: Model, token: int) -> str:
-    return str(token) if model.tokenizer is None else model.to_text(token)
+    unit = "tokens back" if name == "waad" else "share of later attention"
+    return token_scores(model, data, tokens[0].tolist(), values.double().numpy(), unit, told, n=count)
